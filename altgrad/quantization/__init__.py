@@ -1,0 +1,46 @@
+"""Quantization to small formats: the operators as functions, and the formats."""
+
+from .formats import (
+    E0M7,
+    E1M6,
+    E2M1,
+    E2M3,
+    E2M5,
+    E3M2,
+    E3M4,
+    E4M3,
+    E4M3FNUZ,
+    E5M2,
+    E5M2FNUZ,
+    E6M1,
+    E7M0,
+    FORMAT_REGISTRY,
+    FP8Format,
+    resolve,
+)
+from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize
+
+__all__ = [
+    "E0M7",
+    "E1M6",
+    "E2M1",
+    "E2M3",
+    "E2M5",
+    "E3M2",
+    "E3M4",
+    "E4M3",
+    "E4M3FNUZ",
+    "E5M2",
+    "E5M2FNUZ",
+    "E6M1",
+    "E7M0",
+    "FORMAT_REGISTRY",
+    "DequantizeFunc",
+    "FP8Format",
+    "QuantizeFunc",
+    "decode",
+    "dequantize",
+    "encode",
+    "quantize",
+    "resolve",
+]

@@ -1,0 +1,267 @@
+"""The operators as functions: formats as objects or names, scales as tensors or numbers, random bits drawn or given."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops_registry.aten import compute_dtype
+from ops_registry.autograd import SERVES_TRANSFORMS, transforms_are_active
+from ops_registry.checks import RANDOM_BITS
+
+from .formats import FP8Format
+
+_altgrad = torch.ops.altgrad
+
+
+def quantize(
+    x: Tensor,
+    format: FP8Format | str,
+    scale: Tensor | float = 1.0,
+    *,
+    saturation: str = "propagate",
+    rounding: str = "nearest_ties_to_even",
+    random_bits: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Simulates a small format: ``project(x / scale) * scale``, floating point in, the same dtype out.
+
+    x / scale is rounded to a value of the format, by default the nearest one with ties to the even code, and saturated.
+    Arithmetic is float32 (float64 for float64 x) with one rounding to x's dtype at the end. NaN stays NaN in every
+    format and zero keeps its sign where the format has -0. The gradient to x is the straight-through estimator: the
+    incoming gradient itself; the gradient to scale is None.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape and strides.
+        format: an :class:`FP8Format`, a name (``"E5M2"``) or a spelling (``"e3m4b3fn"``).
+        scale: positive and finite, value = scale * decode(code). A number, or a floating-point tensor that broadcasts
+            to x without enlarging it, on x's device or 0-d on the CPU. A tensor's values are not checked.
+        saturation: what becomes of values beyond the largest. ``"propagate"``: finite ones to the largest, infinities
+            stay where the format has them. ``"finite"``: all to the largest. ``"none"``: to infinity, else NaN, else
+            the largest, whichever the format has. (SatPropagate, SatFinite, SatNone of IEEE P3109.)
+        rounding: ``"nearest_ties_to_even"``, ``"nearest_ties_to_away"``, ``"toward_zero"``, ``"toward_positive"``,
+            ``"toward_negative"``, ``"to_odd"`` or ``"stochastic"``, as in IEEE P3109 4.7.4; parity is that of the code.
+        random_bits: for stochastic rounding, an int32 (N = 24) or uint8 (N = 8) tensor of x's shape whose low N bits
+            decide: a value is rounded away from zero where ``floor(nu * 2^N) + R >= 2^N``, nu being how far it is from
+            the value below it (P3109's StochasticA). None draws int32 bits.
+        generator: what to draw from instead of the default generator of x's device.
+
+    Returns:
+        A tensor of x's shape and dtype, laid out as ``torch.empty_like(x)``.
+
+    Raises:
+        TypeError: x, scale, format or random_bits of a wrong type or dtype.
+        ValueError: an unknown format, saturation or rounding, a scale that would enlarge x, a number that is not
+            positive and finite, random_bits of another shape, random_bits or generator without stochastic rounding.
+        RuntimeError: scale or random_bits on another device.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import quantize, E3M4
+        >>> quantize(torch.tensor([0.3, 1.03125, 100.0]), E3M4)
+        tensor([ 0.2969,  1.0000, 31.0000])
+    """
+    name, scale = _format_name(format), _as_tensor(scale, x.dtype, x.device)
+    random_bits = _random_bits(x, rounding, random_bits, generator)
+    if not SERVES_TRANSFORMS and transforms_are_active():
+        return QuantizeFunc.apply(x, name, scale, saturation, rounding, random_bits)  # type: ignore[no-untyped-call]
+    return _quantize(x, scale, name, saturation, rounding, random_bits)
+
+
+def encode(
+    x: Tensor,
+    format: FP8Format | str,
+    scale: Tensor | float = 1.0,
+    *,
+    saturation: str = "propagate",
+    rounding: str = "nearest_ties_to_even",
+    random_bits: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The codes of ``project(x / scale)``, one a byte, in the low bits.
+
+    NaN goes to the format's NaN; where it has none, to the code of the largest value, as in the saturating conversions
+    of hardware to FP4 and FP6. Codes carry no gradient. Arguments and errors are those of :func:`quantize`.
+
+    Returns:
+        A uint8 tensor of x's shape, laid out as ``torch.empty_like(x)``.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import encode, E5M2
+        >>> encode(torch.tensor([1.0, -1.0, 0.0]), E5M2)
+        tensor([ 60, 188,   0], dtype=torch.uint8)
+    """
+    name, scale = _format_name(format), _as_tensor(scale, x.dtype, x.device)
+    random_bits = _random_bits(x, rounding, random_bits, generator)
+    if random_bits is None:
+        return _altgrad.encode(x, scale, name, saturation, rounding)
+    return _altgrad.encode_stochastic(x, scale, random_bits, name, saturation)
+
+
+def decode(
+    codes: Tensor, format: FP8Format | str, scale: Tensor | float = 1.0, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``value(code) * scale``, in float32 arithmetic (float64 for dtype float64), rounded once to dtype.
+
+    Bits above the format's width are ignored.
+
+    Args:
+        codes: uint8, any shape and strides.
+        format: as in :func:`quantize`.
+        scale: as in :func:`quantize`, broadcasting to codes.
+        dtype: float16, bfloat16, float32 (None) or float64.
+
+    Returns:
+        A tensor of the shape of codes, laid out as ``torch.empty_like(codes)``.
+
+    Raises:
+        TypeError: codes that are not uint8, scale, dtype or format of a wrong type or dtype.
+        ValueError, RuntimeError: as in :func:`quantize`.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import decode, E5M2
+        >>> decode(torch.tensor([60, 188, 123], dtype=torch.uint8), E5M2, 0.5)
+        tensor([ 5.0000e-01, -5.0000e-01,  2.8672e+04])
+    """
+    return _altgrad.decode(codes, _as_tensor(scale, dtype, codes.device), _format_name(format), dtype)
+
+
+def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
+    """``x * scale`` in x's dtype, computed in float32 (float64 for float64 x).
+
+    The gradient to x is the incoming gradient times scale; the gradient to scale is None.
+
+    Args:
+        x: values of a format, e.g. ``quantize(w / scale, format)``; float16, bfloat16, float32 or float64.
+        scale: as in :func:`quantize`.
+
+    Returns:
+        A tensor of x's shape and dtype, laid out as ``torch.empty_like(x)``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`quantize`.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import dequantize
+        >>> dequantize(torch.tensor([1.0, -3.0]), 0.5)
+        tensor([ 0.5000, -1.5000])
+    """
+    scale = _as_tensor(scale, x.dtype, x.device)
+    if not SERVES_TRANSFORMS and transforms_are_active():
+        return DequantizeFunc.apply(x, scale)  # type: ignore[no-untyped-call]
+    return _altgrad.dequantize(x, scale)
+
+
+class QuantizeFunc(torch.autograd.Function):
+    """:func:`quantize` as a Function: ``QuantizeFunc.apply(x, format, scale)``.
+
+    For code that composes Functions. It has the forward-mode and batching rules that an operator cannot carry, and
+    :func:`quantize` takes it under ``torch.func`` and forward-mode AD.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import QuantizeFunc, E5M2
+        >>> QuantizeFunc.apply(torch.tensor([1.1]), E5M2, torch.tensor(1.0))
+        tensor([1.])
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        format: FP8Format | str,
+        scale: Tensor,
+        saturation: str = "propagate",
+        rounding: str = "nearest_ties_to_even",
+        random_bits: Tensor | None = None,
+    ) -> Tensor:
+        return _quantize(x, scale, _format_name(format), saturation, rounding, random_bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *others: None) -> Tensor:
+        return x.view_as(x)  # forward AD refuses a tangent that is the input's own
+
+
+class DequantizeFunc(torch.autograd.Function):
+    """:func:`dequantize` as a Function: ``DequantizeFunc.apply(x, scale)``.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import DequantizeFunc
+        >>> DequantizeFunc.apply(torch.tensor([1.0]), torch.tensor(2.0))
+        tensor([2.])
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return _altgrad.dequantize(x, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return dequantize(grad, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, scale: None) -> Tensor:
+        return dequantize(x, *ctx.saved_tensors)
+
+
+def _quantize(
+    x: Tensor, scale: Tensor, format: str, saturation: str, rounding: str, random_bits: Tensor | None
+) -> Tensor:
+    if random_bits is None:
+        return _altgrad.quantize(x, scale, format, saturation, rounding)
+    return _altgrad.quantize_stochastic(x, scale, random_bits, format, saturation)
+
+
+def _random_bits(
+    x: Tensor, rounding: str, random_bits: Tensor | None, generator: torch.Generator | None
+) -> Tensor | None:
+    """The random operand of stochastic rounding, drawn where it is not given; None for the other roundings."""
+    if rounding != "stochastic":
+        if random_bits is not None or generator is not None:
+            raise ValueError(f"random_bits and generator need rounding='stochastic', got rounding={rounding!r}")
+        return None
+    if random_bits is not None:
+        return random_bits
+    high = 1 << RANDOM_BITS[torch.int32]
+    return torch.randint(high, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+
+
+def _format_name(format: FP8Format | str) -> str:
+    if isinstance(format, FP8Format):
+        return format.name
+    if isinstance(format, str):
+        return format
+    raise TypeError(f"format must be an FP8Format or a string, got {format!r}")
+
+
+def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """scale as a tensor; a number is checked here, because an operator never reads the values of a tensor."""
+    if isinstance(scale, Tensor):
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a tensor or a number, got {scale!r}")
+    dtype = compute_dtype(dtype or torch.float32)
+    limits = torch.finfo(dtype)
+    if not limits.smallest_normal <= scale <= limits.max:
+        raise ValueError(f"scale must be positive and finite in {dtype}, got {scale!r}")
+    return torch.full((), scale, dtype=dtype, device=device)

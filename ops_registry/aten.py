@@ -1,0 +1,275 @@
+"""The operators in aten ops: the kernel on any device without one of its own, and what compilers fuse.
+
+Steps: divide, round, saturate, multiply; in the codecs also pack and unpack. Everything works on the magnitude of
+x / scale and puts the sign on last, so that zero keeps its sign. There are neither bit casts nor new tensors, so that
+ONNX and DTensor can follow, and no expression that contraction to a fused multiply-add would change.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    RANDOM_BITS,
+    ROUNDINGS,
+    SATURATIONS,
+    check_decode,
+    check_dequantize,
+    check_quantize,
+    check_stochastic,
+)
+from .formats import FP8Format
+from .schemas import OPERATORS, library
+
+_FRACTION_BITS = {torch.float32: 23, torch.float64: 52}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic of an operator: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def divide(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale in the compute dtype, correctly rounded."""
+    dtype = compute_dtype(x.dtype)
+    if x.is_cuda and dtype == torch.float32:
+        # Inductor's `/` on CUDA is not IEEE. The product with a float64 reciprocal is off by at most 2^-52, and the
+        # quotient of two 24-bit numbers stays 2^-49 away from every midpoint of normal float32 numbers, so rounding
+        # to float32 gives the IEEE quotient. (Subnormal quotients may be off by one ulp; they are all below half the
+        # quantum of any format and round to zero.)
+        return (x.double() * scale.double().reciprocal()).float()
+    return x.to(dtype) / scale.to(dtype)
+
+
+def split(a: Tensor, bits: int) -> Tensor:
+    """a >= 0 to its leading bits, ties to even: Veltkamp's splitting.
+
+    a * 2^k is exact, so contracting it into the sum is harmless (with a * (2^k + 1), the textbook's, it is not).
+    """
+    t = a * 2.0 ** (_FRACTION_BITS[a.dtype] + 1 - bits) + a
+    return t - (t - a)
+
+
+def is_odd(n: Tensor) -> Tensor:
+    half = n * 0.5
+    return half != half.floor()
+
+
+def round_nearest(a: Tensor, format: FP8Format) -> Tensor:
+    """a >= 0 to the nearest value of the format, its exponent unbounded above; ties to the even code."""
+    normal = split(a, 1 + format.mantissa_bits)
+    if format.mantissa_bits == 0:
+        # Every tie went up to a power of two, 2^k. Its code is k + bias; where that is odd, the code below is even.
+        # Any log2 with an error below 1/2 finds k.
+        code = normal.log2().round() + format.bias
+        normal = torch.where((a == normal * 0.75) & is_odd(code), normal * 0.5, normal)
+    # Next to 2^fraction_bits quanta the floats are one quantum apart.
+    magic = format.quantum * 2.0 ** _FRACTION_BITS[a.dtype]
+    subnormal = (a + magic) - magic
+    return torch.where(a < 2.0**format.min_exponent, subnormal, normal)
+
+
+def round_by(a: Tensor, format: FP8Format, rounds_away: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """a >= 0 to itself or to the neighbour on the grid that ``rounds_away(nu, is_inexact, code)`` chooses.
+
+    nu in [0, 1) is how far a is from the value below, in steps; it may underflow, is_inexact does not. code has the
+    parity of the lower value's code.
+    """
+    power = split(a, 1)
+    power = torch.where(power > a, power * 0.5, power).clamp(min=2.0**format.min_exponent)
+    step = power * 2.0**-format.mantissa_bits
+    steps = a / power * 2.0**format.mantissa_bits  # exact: power is a power of two
+    below = steps.floor()
+    code = below if format.mantissa_bits else (power.log2().round() + format.bias) * below
+    away = rounds_away(steps - below, a > below * step, code)
+    return (below + away.to(a.dtype)) * step
+
+
+def round_to_format(a: Tensor, format: FP8Format, rounding: str, is_negative: Tensor) -> Tensor:
+    """The rounding step by its P3109 name; a is a magnitude, is_negative tells where directed modes go."""
+    if rounding == "nearest_ties_to_even":
+        return round_nearest(a, format)
+    rounds_away: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "nearest_ties_to_away": lambda nu, is_inexact, code: nu >= 0.5,
+        "toward_zero": lambda nu, is_inexact, code: nu < 0,
+        "toward_positive": lambda nu, is_inexact, code: is_inexact & ~is_negative,
+        "toward_negative": lambda nu, is_inexact, code: is_inexact & is_negative,
+        "to_odd": lambda nu, is_inexact, code: is_inexact & ~is_odd(code),
+    }
+    return round_by(a, format, rounds_away[rounding])
+
+
+def round_stochastic(a: Tensor, format: FP8Format, random_bits: Tensor) -> Tensor:
+    """P3109's StochasticA: up where floor(nu * 2^N) + R >= 2^N, with R the low N bits of random_bits."""
+    n = RANDOM_BITS[random_bits.dtype]
+    r = (random_bits & ((1 << n) - 1)).to(a.dtype)  # N <= 24: every integer here is exact in float32
+    return round_by(a, format, lambda nu, is_inexact, code: (nu * 2.0**n).floor() >= 2.0**n - r)
+
+
+def project(q: Tensor, format: FP8Format, saturation: str, rounding: str, random_bits: Tensor | None) -> Tensor:
+    """The magnitude of the projection of q: rounded, then saturated; NaN stays NaN in every format."""
+    max_value = format.max_representable_value
+    a, is_negative = q.abs(), q < 0
+
+    def rounded(a: Tensor) -> Tensor:
+        if random_bits is None:
+            return round_to_format(a, format, rounding, is_negative)
+        return round_stochastic(a, format, random_bits)
+
+    if saturation == "none" and format.has_nan:
+        # One step beyond max is enough to see the overflow, and keeps the rounding's arithmetic finite.
+        r = rounded(a.clamp(max=format.overflow_value))
+        overflows = r > max_value
+        if rounding in ("toward_zero", "toward_positive", "toward_negative"):
+            stops = a < float("inf")  # rounding a finite value inwards stops at max
+            if rounding != "toward_zero":
+                stops = stops & (is_negative if rounding == "toward_positive" else ~is_negative)
+            r, overflows = r.masked_fill(overflows & stops, max_value), overflows & ~stops
+        return r.masked_fill(overflows, float("inf") if format.has_inf else float("nan"))
+    # Rounding is monotone and max is on the grid, so saturating first gives the same.
+    r = rounded(a.clamp(max=max_value))
+    if saturation == "propagate" and format.has_inf:
+        r = torch.where(a == float("inf"), a, r)
+    return r
+
+
+def has_sign_bit(q: Tensor) -> Tensor:
+    """torch.signbit for all but NaN, in operators that ONNX has (the clamp keeps 1 / -inf from being -0)."""
+    return q.clamp(min=-1.0).reciprocal() < 0
+
+
+def pack(r: Tensor, is_negative: Tensor, format: FP8Format) -> Tensor:
+    """The codes of magnitudes that are on the grid, infinite or NaN."""
+    max_value = format.max_representable_value
+    a = r.clamp(max=max_value)
+    # At most 8 significant bits: log2 is below an integer by 0.005 or not at all, so log2 and exp2 may be approximate.
+    exponent = (a.log2() + 2.0**-9).floor().clamp(min=format.min_exponent)
+    significand = (a * (format.mantissa_bits - exponent).exp2()).round()
+    code = significand + (exponent - format.min_exponent) * 2.0**format.mantissa_bits
+    if format.inf_code is not None:
+        code = code.masked_fill(r > max_value, format.inf_code)
+    is_negative = is_negative & (r >= 0 if format.has_negative_zero else r > 0)  # NaN has no sign
+    code = code + is_negative.to(code.dtype) * format.sign_code
+    nan_code = format.max_code if format.nan_code is None else format.nan_code
+    return code.masked_fill(r.isnan(), nan_code).to(torch.uint8)
+
+
+def unpack(codes: Tensor, format: FP8Format, dtype: torch.dtype) -> Tensor:
+    """The values of codes, exactly: the significand times a power of two for each bit of the exponent."""
+    mantissa_bits, sign_code = format.mantissa_bits, format.sign_code
+    magnitude = codes & (sign_code - 1)
+    mantissa = (codes & ((1 << mantissa_bits) - 1)).to(dtype)
+    is_normal = magnitude >= 1 << mantissa_bits
+    significand = torch.where(is_normal, mantissa + 2.0**mantissa_bits, mantissa * 2.0)
+    value = significand * 2.0 ** (-format.bias - mantissa_bits)
+    for bit in range(format.exponent_bits):
+        is_set = (codes & (1 << (mantissa_bits + bit))) != 0
+        value = torch.where(is_set, value * 2.0 ** (1 << bit), value)
+    is_negative = (codes & sign_code) != 0
+    if not format.has_negative_zero:
+        value = value.masked_fill(is_negative & (magnitude == 0), float("nan"))
+    elif format.has_nan:
+        value = value.masked_fill(magnitude > format.max_code, float("nan"))
+        if format.inf_code is not None:
+            value = value.masked_fill(magnitude == format.inf_code, float("inf"))
+    return value * (1.0 - 2.0 * is_negative.to(dtype))
+
+
+def multiply(r: Tensor, q: Tensor, x: Tensor, scale: Tensor, format: FP8Format) -> Tensor:
+    """The magnitude r with the sign of q, times scale, in x's dtype."""
+    signed = torch.copysign(r, q)
+    if not format.has_negative_zero:
+        signed = torch.where(r > 0, signed, r)
+    return (signed * scale.to(q.dtype)).to(x.dtype)
+
+
+def multiply_portable(r: Tensor, q: Tensor, x: Tensor, scale: Tensor, format: FP8Format) -> Tensor:
+    """:func:`multiply` bit for bit, for ONNX: it has no copysign, and its runtime's `where` drops the sign of zero.
+
+    The reciprocal in it costs 30 % of the time of a compiled CPU kernel, so it is not the only one.
+    """
+    is_negative = has_sign_bit(q) if format.has_negative_zero else q < 0
+    if not format.has_negative_zero:
+        is_negative = is_negative & (r > 0)
+    return (r * (1.0 - 2.0 * is_negative.to(q.dtype)) * scale.to(q.dtype)).to(x.dtype)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    multiply: Callable[..., Tensor] = multiply,
+) -> Tensor:
+    f = check_quantize(x, scale, format, saturation, rounding)
+    q = divide(x, scale)
+    return multiply(project(q, f, saturation, rounding, None), q, x, scale, f)
+
+
+def quantize_stochastic(
+    x: Tensor,
+    scale: Tensor,
+    random_bits: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    multiply: Callable[..., Tensor] = multiply,
+) -> Tensor:
+    f = check_stochastic(x, scale, random_bits, format, saturation)
+    q = divide(x, scale)
+    return multiply(project(q, f, saturation, "stochastic", random_bits), q, x, scale, f)
+
+
+def encode(
+    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+) -> Tensor:
+    f = check_quantize(x, scale, format, saturation, rounding)
+    q = divide(x, scale)
+    return pack(project(q, f, saturation, rounding, None), has_sign_bit(q), f)
+
+
+def encode_stochastic(
+    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
+) -> Tensor:
+    f = check_stochastic(x, scale, random_bits, format, saturation)
+    q = divide(x, scale)
+    return pack(project(q, f, saturation, "stochastic", random_bits), has_sign_bit(q), f)
+
+
+def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
+    f = check_decode(codes, scale, format, dtype)
+    dtype = dtype or torch.float32
+    compute = compute_dtype(dtype)
+    return (unpack(codes, f, compute) * scale.to(compute)).to(dtype)
+
+
+def dequantize(x: Tensor, scale: Tensor) -> Tensor:
+    check_dequantize(x, scale)
+    dtype = compute_dtype(x.dtype)
+    return (x.to(dtype) * scale.to(dtype)).to(x.dtype)
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "quantize": quantize,
+    "quantize_stochastic": quantize_stochastic,
+    "encode": encode,
+    "encode_stochastic": encode_stochastic,
+    "decode": decode,
+    "dequantize": dequantize,
+}
+
+
+def with_layout_of_input(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The formula with its output laid out as ``torch.empty_like(x)``, which broadcasting alone does not promise."""
+
+    def kernel(x: Tensor, *args: Any) -> Tensor:
+        result = formula(x, *args)
+        return torch.empty_like(x, dtype=result.dtype).copy_(result)
+
+    return kernel
+
+
+for _name in OPERATORS:
+    library.impl(_name, with_layout_of_input(FORMULAS[_name]), "CompositeExplicitAutograd")

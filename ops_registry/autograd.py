@@ -1,0 +1,117 @@
+"""Gradients: straight through for quantize, the adjoint for dequantize, none for codes and for scales.
+
+``torch.library.register_autograd`` takes the reverse rule alone: what it registers raises under ``torch.func`` and
+drops forward-mode tangents without a word (pytorch#168393, #179652). So the kernel of the Autograd key is written here,
+on the single-level Function with which functorch runs Functions itself. Those names are private to torch; where one is
+missing, ``register_autograd`` takes the same rules, and altgrad.quantization covers the transforms with its Functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .schemas import library
+
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+
+    SERVES_TRANSFORMS = True
+except ImportError:
+    SERVES_TRANSFORMS = False
+
+
+def transforms_are_active() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class Rule(NamedTuple):
+    """What an operator does to gradients with respect to its first argument; all others get None."""
+
+    backward: Callable[[Any, Tensor], Tensor | None]
+    jvp: Callable[[Any, Tensor], Tensor | None]
+    saves_scale: bool
+
+
+def _rescale(ctx: Any, grad: Tensor) -> Tensor:
+    (scale,) = ctx.saved_tensors
+    return torch.ops.altgrad.dequantize(grad, scale)
+
+
+STRAIGHT_THROUGH = Rule(
+    backward=lambda ctx, grad: grad,  # the incoming gradient itself: no copy, no kernel
+    jvp=lambda ctx, tangent: tangent.view_as(tangent),  # forward AD refuses the input's own tangent
+    saves_scale=False,
+)
+RESCALE = Rule(backward=_rescale, jvp=_rescale, saves_scale=True)
+NO_GRADIENT = Rule(backward=lambda ctx, grad: None, jvp=lambda ctx, tangent: None, saves_scale=False)
+
+RULES = {
+    "quantize": STRAIGHT_THROUGH,
+    "quantize_stochastic": STRAIGHT_THROUGH,
+    "dequantize": RESCALE,
+    "encode": NO_GRADIENT,
+    "encode_stochastic": NO_GRADIENT,
+    "decode": NO_GRADIENT,
+}
+_NO_GRADIENTS = (None,) * 5  # for the arguments behind the first; autograd ignores the ones too many
+
+
+def _save(rule: Rule, ctx: Any, inputs: tuple[Any, ...]) -> None:
+    if rule.saves_scale:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+
+def _register_public(name: str, rule: Rule) -> None:
+    torch.library.register_autograd(
+        f"altgrad::{name}",
+        lambda ctx, grad: (rule.backward(ctx, grad), *_NO_GRADIENTS),
+        setup_context=lambda ctx, inputs, output: _save(rule, ctx, inputs),
+        lib=library,
+    )
+
+
+def _register_kernel(name: str, rule: Rule) -> None:
+    op = getattr(torch.ops.altgrad, name).default
+
+    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, modes: tuple[bool, bool] | None, keyset: Any, *args: Any) -> Tensor:
+        _save(rule, ctx, args)
+        if modes is None:
+            return below_autograd(keyset, args)
+        # A Function switches both modes off; the outer levels of a nest of transforms need them as they were.
+        grad_enabled, forward_grad_enabled = modes
+        with torch.set_grad_enabled(grad_enabled), forward_ad._set_fwd_grad_enabled(forward_grad_enabled):
+            return below_autograd(keyset, args)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, rule.backward(ctx, grad), *_NO_GRADIENTS
+
+    def jvp(ctx: Any, modes: None, keyset: None, tangent: Tensor, *others: None) -> Tensor | None:
+        return rule.jvp(ctx, tangent)
+
+    members = {f.__name__: staticmethod(f) for f in (forward, backward, jvp)}
+    function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
+
+    def kernel(keyset: Any, *args: Any) -> Tensor:
+        if transforms_are_active():
+            modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+            with enable_single_level_autograd_function():
+                return function.apply(modes, keyset, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(None, keyset, *args)
+        return below_autograd(keyset, args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _name, _rule in RULES.items():
+    (_register_kernel if SERVES_TRANSFORMS else _register_public)(_name, _rule)

@@ -1,0 +1,100 @@
+"""What an operator accepts. Kernels and fakes call the same check, so eager, fake and compiled calls fail alike."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .formats import FP8Format, resolve
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SATURATIONS = ("propagate", "finite", "none")
+ROUNDINGS = (
+    "nearest_ties_to_even",
+    "nearest_ties_to_away",
+    "toward_zero",
+    "toward_positive",
+    "toward_negative",
+    "to_odd",
+)
+# dtype of random_bits -> N, how many of its low bits are the random number. 24 bits reach every distance between two
+# values of a format that a float32 normal can have, so stochastic rounding of those is unbiased.
+RANDOM_BITS = {torch.int32: 24, torch.uint8: 8}
+
+
+def check_quantize(
+    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+) -> FP8Format:
+    """Checks the arguments of quantize and encode; returns the format."""
+    check_dequantize(x, scale)
+    if saturation not in SATURATIONS:
+        raise ValueError(f"saturation must be one of {', '.join(SATURATIONS)}, got {saturation!r}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    return resolve(format)
+
+
+def check_stochastic(
+    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
+) -> FP8Format:
+    """Checks the arguments of quantize_stochastic and encode_stochastic; returns the format."""
+    f = check_quantize(x, scale, format, saturation)
+    if random_bits.dtype not in RANDOM_BITS:
+        raise TypeError(f"random_bits must have a dtype of {_names(RANDOM_BITS)}, got {random_bits.dtype}")
+    _check_strided("random_bits", random_bits)
+    if random_bits.device != x.device:
+        raise RuntimeError(f"random_bits must be on the device of x, {x.device}, got {random_bits.device}")
+    if random_bits.shape != x.shape:
+        raise ValueError(f"random_bits must have the shape of x, {tuple(x.shape)}, got {tuple(random_bits.shape)}")
+    return f
+
+
+def check_decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> FP8Format:
+    """Checks the arguments of decode; returns the format."""
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must have dtype torch.uint8, got {codes.dtype}")
+    _check_strided("codes", codes)
+    _check_scale(scale, "codes", codes)
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be one of {_names(FLOAT_DTYPES)} or None, got {dtype}")
+    return resolve(format)
+
+
+def check_dequantize(x: Tensor, scale: Tensor) -> None:
+    """Checks the arguments of dequantize."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must have a dtype of {_names(FLOAT_DTYPES)}, got {x.dtype}")
+    _check_strided("x", x)
+    _check_scale(scale, "x", x)
+
+
+def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
+    if scale.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"scale must have a dtype of {_names(FLOAT_DTYPES)}, got {scale.dtype}")
+    _check_strided("scale", scale)
+    if scale.device != x.device and (scale.ndim > 0 or scale.device.type != "cpu"):
+        raise RuntimeError(
+            f"scale must be on the device of {name}, {x.device}, or a 0-d CPU tensor; "
+            f"got a {scale.ndim}-d tensor on {scale.device}"
+        )
+    # Reading the sizes from the right; `is_one` first, because comparing an unbacked size with 1 is an error.
+    if scale.ndim > x.ndim or not all(
+        _is_one(ours) or ours == theirs for ours, theirs in zip(scale.shape[::-1], x.shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"scale must broadcast to {name} without enlarging it: "
+            f"got scale of shape {tuple(scale.shape)} for {name} of shape {tuple(x.shape)}"
+        )
+
+
+def _is_one(size: int) -> bool:
+    return type(size) is int and size == 1
+
+
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

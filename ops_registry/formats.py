@@ -1,0 +1,252 @@
+"""Small floating-point formats as data: seven fields say everything, every other number is derived from them."""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+
+# One line adds a format: its name is an alias of a spelling, so a saved graph means the same in every process.
+NAMED_FORMATS = {
+    "E0M7": "e0m7b1f",
+    "E1M6": "e1m6b0f",
+    "E2M5": "e2m5b1f",
+    "E3M4": "e3m4b3f",
+    "E4M3": "e4m3b7fn",
+    "E5M2": "e5m2b15",
+    "E6M1": "e6m1b31f",
+    "E7M0": "e7m0b63f",
+    "E2M3": "e2m3b1f",
+    "E3M2": "e3m2b3f",
+    "E2M1": "e2m1b1f",
+    "E4M3FNUZ": "e4m3b8fnuz",
+    "E5M2FNUZ": "e5m2b16fnuz",
+}
+
+GRAMMAR = "e<exponent bits>m<mantissa bits>b<bias> and one of '' (IEEE specials), 'fn', 'fnuz', 'f' (all finite)"
+
+# suffix -> (has_inf, has_nan, has_negative_zero)
+_SPECIALS = {
+    "": (True, True, True),
+    "fn": (False, True, True),
+    "fnuz": (False, True, False),
+    "f": (False, False, True),
+}
+_SPELLING = re.compile(r"e(\d)m(\d)b(-?\d{1,3})(fnuz|fn|f|)")
+
+# The kernels compute in float32, whose smallest normal is 2^-126. A quantum of twice that keeps every value, midpoint
+# and power of two between normal. Below 2^104 the product a * 2^(23 - M) in the rounding stays finite.
+_MIN_QUANTUM_EXPONENT = -125
+_MAX_VALUE_EXPONENT = 104
+
+
+@dataclass(frozen=True)
+class FP8Format:
+    """A signed floating-point format of at most 8 bits: the values of its codes, in exact arithmetic.
+
+    A code is, from the top bit: sign s, E exponent bits e, M mantissa bits m. Its value is
+    ``(-1)^s * 2^(e - bias) * (1 + m / 2^M)`` for e > 0 and ``(-1)^s * 2^(1 - bias) * (m / 2^M)`` for e = 0.
+    E = 0 makes every code a subnormal: signed fixed point. The words are those of IEEE P3109 and OCP OFP8.
+
+    Args:
+        name: a named format's name (``"E5M2"``) or the spelling of the fields below (``"e5m2b15"``).
+        exponent_bits: E, 0 to 7.
+        mantissa_bits: M, the stored fraction bits, 0 to 7; 1 + E + M <= 8.
+        bias: the exponent bias.
+        has_inf: the format has infinities; the top exponent is then IEEE's.
+        has_nan: the format has NaN.
+        has_negative_zero: False makes the code of -0 the only NaN (``fnuz``).
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a field out of range, an impossible mix of specials, a name that means another format, or a bias
+            that moves values out of the normal range of float32 (quantum below 2^-125, or a value of 2^104 and above).
+
+    Example:
+        >>> from altgrad.quantization import E5M2
+        >>> E5M2.max_representable_value, E5M2.to_bits(1.1), E5M2.to_real(0x3C)
+        (57344.0, 60, 1.0)
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    has_inf: bool
+    has_nan: bool
+    has_negative_zero: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("exponent_bits", "mantissa_bits", "bias"):
+            if type(getattr(self, field)) is not int:
+                raise TypeError(f"{field} must be an int, got {getattr(self, field)!r}")
+        exponent_bits, mantissa_bits = self.exponent_bits, self.mantissa_bits
+        if not (0 <= exponent_bits <= 7 and 0 <= mantissa_bits <= 7 and 1 + exponent_bits + mantissa_bits <= 8):
+            raise ValueError(
+                f"exponent_bits and mantissa_bits must be 0 to 7 with 1 + E + M <= 8, "
+                f"got E={exponent_bits} and M={mantissa_bits}"
+            )
+        if self._specials not in _SPECIALS.values():
+            raise ValueError(
+                f"has_inf, has_nan, has_negative_zero must be one of {sorted(_SPECIALS.values())}, got {self._specials}"
+            )
+        if self.has_inf and (exponent_bits == 0 or mantissa_bits == 0):
+            raise ValueError(f"IEEE specials need E >= 1 and M >= 1, got E={exponent_bits} and M={mantissa_bits}")
+        if self.max_code < 1:
+            raise ValueError(f"{self.spelling} has no finite value but zero")
+        if self.min_exponent - mantissa_bits < _MIN_QUANTUM_EXPONENT or self.overflow_value >= 2.0**_MAX_VALUE_EXPONENT:
+            raise ValueError(
+                f"bias {self.bias} of {self.spelling} is out of range: the smallest value must be at least "
+                f"2^{_MIN_QUANTUM_EXPONENT} and the largest below 2^{_MAX_VALUE_EXPONENT}"
+            )
+        if self.name != self.spelling and NAMED_FORMATS.get(self.name) != self.spelling:
+            raise ValueError(f"name must be the spelling {self.spelling!r} or a name of it, got {self.name!r}")
+
+    @property
+    def _specials(self) -> tuple[bool, bool, bool]:
+        return self.has_inf, self.has_nan, self.has_negative_zero
+
+    @cached_property
+    def spelling(self) -> str:
+        """The canonical spelling, e.g. ``"e4m3b7fn"``: all fields in one word, accepted wherever a name is."""
+        suffix = next(suffix for suffix, specials in _SPECIALS.items() if specials == self._specials)
+        return f"e{self.exponent_bits}m{self.mantissa_bits}b{self.bias}{suffix}"
+
+    @cached_property
+    def bits(self) -> int:
+        """Width of a code, sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @cached_property
+    def sign_code(self) -> int:
+        """The code with only the sign bit set: -0, or NaN where there is no -0."""
+        return 1 << (self.bits - 1)
+
+    @cached_property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal and of the subnormals: 1 - bias."""
+        return 1 - self.bias
+
+    @cached_property
+    def max_code(self) -> int:
+        """The code of the largest finite value."""
+        if self.has_inf:
+            return self.sign_code - 1 - (1 << self.mantissa_bits)
+        return self.sign_code - 1 - (self.has_nan and self.has_negative_zero)
+
+    @cached_property
+    def inf_code(self) -> int | None:
+        """The code of +infinity, None where the format has none."""
+        return self.max_code + 1 if self.has_inf else None
+
+    @cached_property
+    def nan_code(self) -> int | None:
+        """The code that NaN encodes to (the quiet one, as in ``ml_dtypes``), None where the format has none."""
+        if not self.has_nan:
+            return None
+        if not self.has_negative_zero:
+            return self.sign_code
+        return self.max_code + 1 + (self.has_inf and 1 << (self.mantissa_bits - 1))
+
+    @cached_property
+    def quantum(self) -> float:
+        """Spacing of the subnormals, 2^(min_exponent - M). With M > 0 it is the smallest positive value."""
+        return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
+
+    @cached_property
+    def smallest_subnormal(self) -> float:
+        """The smallest positive value."""
+        return self._magnitude(1)
+
+    @cached_property
+    def smallest_normal(self) -> float | None:
+        """The smallest value with e > 0, None where all finite codes are subnormal."""
+        code = 1 << self.mantissa_bits
+        return self._magnitude(code) if code <= self.max_code else None
+
+    @cached_property
+    def max_representable_value(self) -> float:
+        """The largest finite value."""
+        return self._magnitude(self.max_code)
+
+    @cached_property
+    def overflow_value(self) -> float:
+        """What would follow the largest finite value if the exponent had no upper bound."""
+        return self._magnitude(self.max_code + 1)
+
+    def _magnitude(self, code: int) -> float:
+        """Value of a code without sign, read as a number whatever the specials."""
+        exponent, mantissa = divmod(code, 1 << self.mantissa_bits)
+        significand = mantissa + (1 << self.mantissa_bits) * (exponent > 0)
+        return math.ldexp(significand, max(exponent, 1) - self.bias - self.mantissa_bits)
+
+    def to_real(self, code: int) -> float:
+        """The value of a code, exactly.
+
+        Args:
+            code: 0 to 2^bits - 1.
+
+        Raises:
+            ValueError: code is not in that range.
+
+        Example:
+            >>> from altgrad.quantization import E4M3
+            >>> E4M3.to_real(0x7E), E4M3.to_real(0x7F)
+            (448.0, nan)
+        """
+        if code not in range(2 * self.sign_code):
+            raise ValueError(f"code must be an integer from 0 to {2 * self.sign_code - 1}, got {code!r}")
+        magnitude = code % self.sign_code
+        if (not self.has_negative_zero and code == self.sign_code) or magnitude > self.max_code:
+            return math.copysign(math.inf, self.sign_code - 1 - code) if magnitude == self.inf_code else math.nan
+        return math.copysign(self._magnitude(magnitude), self.sign_code - 1 - code)
+
+    def to_bits(self, value: float) -> int:
+        """The code of the nearest value, ties to the even code; beyond the largest, the largest.
+
+        NaN goes to the format's NaN and infinity to its infinity; where there is none, to the largest value.
+
+        Example:
+            >>> from altgrad.quantization import E4M3
+            >>> hex(E4M3.to_bits(-464.0)), hex(E4M3.to_bits(float("nan")))
+            ('0xfe', '0x7f')
+        """
+        if math.isnan(value):
+            return self.max_code if self.nan_code is None else self.nan_code
+        magnitude = self.inf_code if math.isinf(value) and self.inf_code is not None else self._nearest(abs(value))
+        is_negative = math.copysign(1.0, value) < 0 and (magnitude > 0 or self.has_negative_zero)
+        return magnitude + self.sign_code * is_negative
+
+    def _nearest(self, value: float) -> int:
+        if value >= self.max_representable_value:
+            return self.max_code
+        exponent = max(math.frexp(value or self.quantum)[1] - 1, self.min_exponent)
+        # Codes without sign count the values upwards, also from one exponent to the next.
+        position = Fraction(value) / Fraction(2) ** (exponent - self.mantissa_bits)
+        position += (exponent - self.min_exponent) << self.mantissa_bits
+        return round(position)  # Fraction rounds ties to even, and the even position is the even code
+
+
+@lru_cache(maxsize=1024)
+def resolve(format: str) -> FP8Format:
+    """The format of a name (``"E5M2"``) or a spelling (``"e3m4b3fn"``); case does not matter.
+
+    Raises:
+        TypeError: format is not a string.
+        ValueError: no such name, or a spelling that :class:`FP8Format` refuses.
+    """
+    if not isinstance(format, str):
+        raise TypeError(f"format must be a string, got {format!r}")
+    spelling = NAMED_FORMATS.get(format.upper(), format.lower())
+    match = _SPELLING.fullmatch(spelling)
+    if match is None:
+        raise ValueError(
+            f"unknown format {format!r}: expected one of {', '.join(NAMED_FORMATS)}, or a spelling {GRAMMAR}"
+        )
+    exponent_bits, mantissa_bits, bias = (int(group) for group in match.groups()[:3])
+    name = format.upper() if format.upper() in NAMED_FORMATS else f"e{exponent_bits}m{mantissa_bits}b{bias}{match[4]}"
+    return FP8Format(name, exponent_bits, mantissa_bits, bias, *_SPECIALS[match[4]])
+
+
+FORMAT_REGISTRY = {name: resolve(name) for name in NAMED_FORMATS}
+"""The named formats by name, in the order of the table in the documentation."""

@@ -1,0 +1,47 @@
+"""How compilers see through an operator: torch.compile inlines and fuses its aten formula, torch.export keeps the node.
+
+The rule runs where that of ``torch.library.triton_op`` runs and obeys the same switch; it therefore serves every
+AOTAutograd backend, is in place whatever was compiled before, and imports nothing of Inductor. The global decomposition
+table beside it is what ``torch.onnx.export`` and DTensor read; it does not change what compile and export do.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+from torch._functorch import config
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+
+from .aten import FORMULAS, multiply_portable, quantize, quantize_stochastic, with_layout_of_input
+from .schemas import library
+
+_TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
+
+
+def _inlined(formula: Callable[..., Tensor]) -> Callable[..., Any]:
+    kernel = with_layout_of_input(formula)
+
+    def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not config.decompose_custom_triton_ops:  # torch.export
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        if not all(t is Tensor or issubclass(t, _TRANSPARENT_TYPES) for t in types):
+            return NotImplemented
+        with mode:
+            return kernel(*args, **kwargs)
+
+    return rule
+
+
+_PORTABLE = {
+    "quantize": partial(quantize, multiply=multiply_portable),
+    "quantize_stochastic": partial(quantize_stochastic, multiply=multiply_portable),
+}
+
+for _name, _formula in FORMULAS.items():
+    torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_formula), lib=library)
+    _op = getattr(torch.ops.altgrad, _name).default
+    register_decomposition(_op, unsafe=True)(_PORTABLE.get(_name, _formula))  # unsafe: a partial has no annotations

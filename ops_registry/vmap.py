@@ -1,0 +1,32 @@
+"""Batching: one call on the stacked tensor, for any placement of the batch dimension in x and in scale."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schemas import OPERATORS, library
+
+
+def _batched(name: str) -> Callable[..., tuple[Tensor, int]]:
+    op = getattr(torch.ops.altgrad, name).default
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, int]:
+        def stack(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        x = stack(x, in_dims[0])
+        if in_dims[1] is not None:
+            # Behind the batch dimension scale broadcasts from the right, as it did without it.
+            scale = scale.movedim(in_dims[1], 0)
+            scale = scale.reshape(scale.shape[0], *[1] * (x.ndim - scale.ndim), *scale.shape[1:])
+        if name.endswith("_stochastic"):
+            args = stack(args[0], in_dims[2]), *args[1:]
+        return op(x, scale, *args), 0
+
+    return rule
+
+
+for _name in OPERATORS:
+    torch.library.register_vmap(f"altgrad::{_name}", _batched(_name), lib=library)

@@ -1,0 +1,99 @@
+"""What the tests share: the formats, the devices, inputs that break roundings, and the comparison of bits."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from altgrad.quantization import FORMAT_REGISTRY, resolve
+
+NAMED = list(FORMAT_REGISTRY.values())
+# Every combination of specials, and every edge of the grammar: no exponent, no mantissa, one bit of each, far biases.
+SPELLED = list(
+    map(
+        resolve,
+        ["e3m4b3", "e4m3b7", "e4m3b11fnuz", "e5m2b15fn", "e5m2b1f", "e3m0b3f", "e2m0b1fn", "e1m0b0f", "e4m0b8fnuz"]
+        + ["e6m0b31fn", "e7m0b30fn", "e0m1b1f", "e0m7b20f", "e0m3b1fnuz", "e0m5b-9fn", "e1m2b1", "e1m6b1"]
+        + ["e3m2b-60f", "e2m2b100f"],
+    )
+)
+FORMATS = NAMED + SPELLED
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+def bits(tensor):
+    """The bits of a tensor as integers, every NaN as one."""
+    if not tensor.dtype.is_floating_point:
+        return tensor.to(torch.int64)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(integers).to(torch.int64).masked_fill(tensor.isnan(), -1)
+
+
+def assert_same_bits(got, want, inputs=None):
+    """got and want agree in dtype, shape and every bit (NaN equals NaN, -0 differs from +0)."""
+    got, want = got.detach().cpu(), want.detach().cpu()
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    wrong = (bits(got) != bits(want)).flatten()
+    if wrong.any():
+        where = wrong.nonzero().flatten()[:5].tolist()
+        values = [t.flatten()[where].tolist() for t in (got, want)]
+        given = None if inputs is None else inputs.detach().cpu().expand(got.shape).flatten()[where]
+        shown = (
+            None
+            if given is None
+            else [(v, hex(b & (1 << 64) - 1)) for v, b in zip(given.tolist(), bits(given).tolist())]
+        )
+        pytest.fail(
+            f"{int(wrong.sum())} of {wrong.numel()} differ at {where}: input {shown}, got {values[0]}, want {values[1]}"
+        )
+
+
+def near_ties(f, dtype=torch.float32):
+    """Every value and midpoint of a format with its neighbours by one ulp, powers of two, specials; both signs."""
+    numpy_dtype = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    values, midpoints = reference.grid(f)
+    points = np.concatenate([values, midpoints, values[-1] * np.array([1.5, 2, 1e3, 1e8])]).astype(numpy_dtype)
+    points = np.concatenate([points, np.nextafter(points, numpy_dtype(0)), np.nextafter(points, numpy_dtype(np.inf))])
+    exponents = np.arange(-149, 128) if dtype == torch.float32 else np.arange(-1074, 1024, 7)
+    limits = np.finfo(numpy_dtype)
+    points = np.concatenate(
+        [points, np.ldexp(1.0, exponents).astype(numpy_dtype), [np.inf, np.nan, limits.max, limits.tiny]]
+    )
+    points = points.astype(numpy_dtype)
+    return torch.from_numpy(np.concatenate([points, -points]))
+
+
+def random_bit_patterns(n, seed=0):
+    """float32 numbers of every exponent, NaN and infinities among them."""
+    integers = np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32)
+    return torch.from_numpy(integers.view(np.float32))
+
+
+def all_inputs(dtype):
+    """All 65,536 numbers of a 16-bit dtype."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+
+
+def reference_quantize(f, x, scale, *args, **kwargs):
+    """The definition for tensors of any floating dtype: float32 arithmetic but for float64."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    result = reference.quantize(f, x.cpu().to(compute).numpy(), scale.cpu().to(compute).numpy(), *args, **kwargs)
+    return torch.from_numpy(result).to(x.dtype)
+
+
+def reference_encode(f, x, scale, *args, **kwargs):
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.from_numpy(
+        reference.encode(f, x.cpu().to(compute).numpy(), scale.cpu().to(compute).numpy(), *args, **kwargs)
+    )

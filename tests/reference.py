@@ -1,0 +1,159 @@
+"""The definition, for tests: list every value of a format in exact arithmetic and search in the list.
+
+It reads the seven fields of a format and nothing else of the package, and shares no trick with any kernel. A rounded
+quotient is compared in float64, where every value, every midpoint and every float32 quotient is exact.
+"""
+
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+
+def code_value(f, code):
+    """Value of a code without sign by section 1 of the contract, the specials not yet considered."""
+    exponent, mantissa = code >> f.mantissa_bits, code & ((1 << f.mantissa_bits) - 1)
+    fraction = Fraction(mantissa, 1 << f.mantissa_bits)
+    if exponent > 0:
+        return Fraction(2) ** (exponent - f.bias) * (1 + fraction)
+    return Fraction(2) ** (1 - f.bias) * fraction
+
+
+def sign_bit(f):
+    return 1 << (f.exponent_bits + f.mantissa_bits)
+
+
+def special(f, code):
+    """'nan', 'inf' or None for a code without sign."""
+    top = sign_bit(f) - 1
+    if f.has_inf:
+        exponent, mantissa = code >> f.mantissa_bits, code & ((1 << f.mantissa_bits) - 1)
+        if exponent == (1 << f.exponent_bits) - 1:
+            return "inf" if mantissa == 0 else "nan"
+    elif f.has_nan and f.has_negative_zero and code == top:
+        return "nan"
+    return None
+
+
+@cache
+def finite_values(f):
+    """The non-negative finite values, ascending; the index of a value is its code."""
+    values = [code_value(f, code) for code in range(sign_bit(f)) if special(f, code) is None]
+    assert values == sorted(set(values))
+    return values
+
+
+def decode_one(f, code):
+    magnitude, negative = code & (sign_bit(f) - 1), bool(code & sign_bit(f))
+    if not f.has_negative_zero and negative and magnitude == 0:
+        return float("nan")
+    value = {"nan": float("nan"), "inf": float("inf"), None: None}[special(f, magnitude)]
+    value = float(code_value(f, magnitude)) if value is None else value
+    return -value if negative else value
+
+
+def nan_code(f):
+    """The quiet NaN; None where the format has none."""
+    if not f.has_nan:
+        return None
+    if not f.has_negative_zero:
+        return sign_bit(f)
+    if f.has_inf:  # top exponent, leading mantissa bit set
+        return (((1 << f.exponent_bits) - 1) << f.mantissa_bits) | (1 << (f.mantissa_bits - 1))
+    return sign_bit(f) - 1
+
+
+@cache
+def grid(f):
+    """Values and midpoints in float64, with the value that would follow the largest: (values, midpoints)."""
+    values = finite_values(f)
+    values = [*values, code_value(f, len(values))]
+    midpoints = [(a + b) / 2 for a, b in pairwise(values)]
+    as_floats = [np.array([float(v) for v in vs]) for vs in (values, midpoints)]
+    for exact, floats in zip((values, midpoints), as_floats):
+        assert all(Fraction(x) == e for x, e in zip(floats.tolist(), exact))
+    return as_floats
+
+
+def round_magnitude(f, a, negative, rounding, random=None, n=None):
+    """Codes (indices into grid) of finite magnitudes a <= the last value of the grid, by P3109 4.7.4."""
+    values, midpoints = grid(f)
+    below = np.searchsorted(values, a, side="right") - 1
+    last = below == len(values) - 1
+    upper = np.minimum(below + 1, len(values) - 1)
+    inexact = (values[below] != a) & ~last
+    middle = midpoints[np.minimum(below, len(midpoints) - 1)]
+    odd = below % 2 == 1
+    if rounding == "nearest_ties_to_even":
+        away = (a > middle) | ((a == middle) & odd)
+    elif rounding == "nearest_ties_to_away":
+        away = a >= middle
+    elif rounding == "toward_zero":
+        away = np.zeros_like(inexact)
+    elif rounding == "toward_positive":
+        away = ~negative
+    elif rounding == "toward_negative":
+        away = negative
+    elif rounding == "to_odd":
+        away = ~odd
+    else:
+        assert rounding == "stochastic"
+        # nu in exact integers would be slow; the distance and the step are exact in float64, and so is their ratio,
+        # because the step is a power of two.
+        nu = (a - values[below]) / np.where(last, 1.0, values[upper] - values[below])
+        away = np.floor(nu * 2.0**n) + random >= 2.0**n
+    return np.where(inexact & away, upper, below)
+
+
+def project(f, q, saturation="propagate", rounding="nearest_ties_to_even", random=None, n=None):
+    """(magnitude in float64, code of the magnitude) of the projection of float64 numbers q; NaN has the code -1."""
+    values, _ = grid(f)
+    last = len(values) - 1  # one beyond the largest finite value
+    a, negative = np.abs(q), np.signbit(q)
+    finite = np.minimum(np.where(np.isnan(a), 0, a), values[-1])
+    code = round_magnitude(f, finite, negative, rounding, random, n)
+    magnitude = values[code]
+    over, infinite = code == last, np.isinf(a)
+    if saturation == "none" and f.has_nan:
+        inward = {"toward_zero": np.full(a.shape, True), "toward_positive": negative, "toward_negative": ~negative}
+        stops = inward.get(rounding, np.full(a.shape, False)) & ~infinite
+        magnitude = np.where(over, np.where(stops, values[last - 1], np.inf if f.has_inf else np.nan), magnitude)
+    else:
+        keeps = infinite & (saturation == "propagate") & f.has_inf
+        magnitude = np.where(over | infinite, np.where(keeps, np.inf, values[last - 1]), magnitude)
+    magnitude = np.where(np.isnan(q), np.nan, magnitude)
+    code = np.where(over, last - 1, code)
+    if f.has_inf:
+        code = np.where(np.isinf(magnitude), last, code)
+    return magnitude, np.where(np.isnan(magnitude), -1, code)
+
+
+def _divide(x, scale):
+    with np.errstate(all="ignore"):
+        return (x / scale).astype(np.float64)
+
+
+def quantize(f, x, scale, saturation="propagate", rounding="nearest_ties_to_even", random=None, n=None):
+    """x and scale float32 or float64 arrays of one dtype; the result has that dtype."""
+    q = _divide(x, scale)
+    magnitude, _ = project(f, q, saturation, rounding, random, n)
+    negative = np.signbit(q) & (f.has_negative_zero | (magnitude != 0))
+    with np.errstate(all="ignore"):
+        return np.where(negative, -magnitude, magnitude).astype(x.dtype) * scale
+
+
+def encode(f, x, scale, saturation="propagate", rounding="nearest_ties_to_even", random=None, n=None):
+    q = _divide(x, scale)
+    _, code = project(f, q, saturation, rounding, random, n)
+    nan = nan_code(f)
+    signed = np.signbit(q) & (f.has_negative_zero | (code != 0))
+    return np.where(code < 0, len(finite_values(f)) - 1 if nan is None else nan, code + signed * sign_bit(f)).astype(
+        np.uint8
+    )
+
+
+def decode(f, codes, scale):
+    table = np.array([decode_one(f, code % (2 * sign_bit(f))) for code in range(256)])
+    with np.errstate(all="ignore"):
+        return table[codes].astype(scale.dtype) * scale
