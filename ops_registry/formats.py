@@ -101,7 +101,7 @@ class FP8Format:
             )
         if self.name != self.spelling and NAMED_FORMATS.get(self.name) != self.spelling:
             raise ValueError(f"name must be the spelling {self.spelling!r} or a name of it, got {self.name!r}")
-        # Computed now: on Python 3.11 a cached property locks at its first read, and torch.compile cannot trace the lock.
+        # Computed now: on Python 3.11 the first read of a cached property takes a lock that torch.compile cannot trace.
         for name, member in vars(FP8Format).items():
             if isinstance(member, cached_property):
                 getattr(self, name)
