@@ -238,6 +238,11 @@ def resolve(format: str) -> FP8Format:
     Raises:
         TypeError: format is not a string.
         ValueError: no such name, or a spelling that :class:`FP8Format` refuses.
+
+    Example:
+        >>> from altgrad.quantization import resolve
+        >>> resolve("e3m4b3").max_representable_value, resolve("E4M3").spelling
+        (15.5, 'e4m3b7fn')
     """
     if not isinstance(format, str):
         raise TypeError(f"format must be a string, got {format!r}")

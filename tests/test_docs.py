@@ -1,0 +1,123 @@
+"""What the documentation shows is run, what it generates is current, and what it promises about itself holds."""
+
+import doctest
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import altgrad
+import ops_registry
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+import generate  # noqa: E402
+
+PAGES = [*generate.PAGES, ROOT / "CONTRIBUTING.md"]
+MODULES = [
+    module.name
+    for package in (altgrad, ops_registry)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if importlib.util.find_spec(module.name).origin.endswith(".py")  # the C library is none of Python's
+]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page, language):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [block for tag, block in fenced if tag == language]
+
+
+@pages
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    """All Python blocks of a page, in order, in one namespace and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks(page, "python")
+    if not code:
+        pytest.skip("no Python in it")
+    torch.compiler.reset()
+    namespace = {"__name__": page.stem}
+    for block in code:
+        exec(compile(block, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        assert namespace["x"].grad.equal(torch.ones(10))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    if name.endswith("cuda_kernels"):
+        pytest.importorskip("triton")
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_there_are_docstring_examples():
+    """Every function and class of the public package has an example."""
+    public = {name: getattr(altgrad.quantization, name) for name in altgrad.quantization.__all__}
+    without = [name for name, value in public.items() if callable(value) and ">>> " not in (value.__doc__ or "")]
+    assert without == []
+
+
+@pages
+def test_generated_parts_are_current(page):
+    if page.name == "numerics.md" and torch.__version__ < "2.12":
+        pytest.skip("torch's cast to float8_e4m3fn saturates since 2.12")
+    if page.name == "operators.md" and not torch._C._dispatch_has_kernel_for_dispatch_key("altgrad::quantize", "CPU"):
+        pytest.skip("the C kernels were not built")
+    text = page.read_text()
+    assert text.count("<!-- generated: ") == text.count("<!-- end -->")
+    assert generate.render(text) == text, "run python docs/generate.py"
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+def test_pages_are_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 100
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    run = (ROOT / ".ci" / "run").read_text().splitlines()
+    commands = [
+        line.replace(".venv", ".venv-ci") for block in blocks(ROOT / "README.md", "sh") for line in block.split("\n")
+    ]
+    assert any("pytest" in line for line in commands)
+    assert [line for line in commands if line and line not in run] == []
+
+
+def test_constraints_pin_all_and_name_no_host():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {"torch", *(name for extra in ("test", "examples") for name in project["optional-dependencies"][extra])}
+    assert {re.match(r"[\w-]+", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
+
+
+def test_the_quoted_error_is_what_a_missing_import_gives(tmp_path):
+    """docs/operators.md quotes what torch.export.load says in a process that has not imported ops_registry."""
+    (quoted,) = [block for block in blocks(ROOT / "docs" / "operators.md", "") if "We failed" in block]
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.altgrad.quantize(x, x.abs().amax(), "E4M3")
+
+    torch.export.save(torch.export.export(Model(), (torch.randn(3),)), tmp_path / "model.pt2")
+    load = "import torch; torch.export.load('model.pt2')"
+    result = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    for line in quoted.strip().splitlines():
+        assert line in result.stderr
