@@ -18,7 +18,12 @@ from .formats import (
     FP8Format,
     resolve,
 )
+from .granularity import PerAxis, PerBlock, PerTensor
+from .history import AmaxHistory
 from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize
+from .recipes import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, NVFP4, Recipe
+from .scaling import compute_scale, quantize_blocks
+from .stats import QuantizationStats, bit_stall, quantization_stats, sqnr
 
 __all__ = [
     "E0M7",
@@ -35,12 +40,29 @@ __all__ = [
     "E6M1",
     "E7M0",
     "FORMAT_REGISTRY",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8_E4M3",
+    "MXFP8_E5M2",
+    "NVFP4",
+    "AmaxHistory",
     "DequantizeFunc",
     "FP8Format",
+    "PerAxis",
+    "PerBlock",
+    "PerTensor",
+    "QuantizationStats",
     "QuantizeFunc",
+    "Recipe",
+    "bit_stall",
+    "compute_scale",
     "decode",
     "dequantize",
     "encode",
+    "quantization_stats",
     "quantize",
+    "quantize_blocks",
     "resolve",
+    "sqnr",
 ]

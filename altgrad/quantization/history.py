@@ -1,0 +1,88 @@
+"""Delayed scaling: the scale of a tensor from the amax of the tensors before it."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .formats import FP8Format
+from .granularity import PerTensor
+from .magnitudes import amax
+from .scaling import as_scale, resolve_format
+
+POLICIES = ("max", "most_recent")
+
+
+class AmaxHistory(torch.nn.Module):
+    """The scale of a stream of tensors from the amax of the last ones: TransformerEngine's delayed scaling.
+
+    ``forward(x)`` returns the scale for x, made of the tensors before x, and in training records the amax of x. So the
+    scale is there before x is read; what grew since may clip, which a margin prevents. In ``eval`` the scale stays. The
+    history is a buffer: in ``state_dict``, moved by ``.to``, updated in place. Nothing is read back from the device.
+
+    Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax is not recorded:
+    the last one counts again.
+
+    Args:
+        format: as in :func:`quantize`.
+        length: how many amax values are kept.
+        policy: ``"max"``: the scale of the largest amax kept. ``"most_recent"``: of the last.
+        margin: the scale is 2^margin times that of the amax.
+        reduce: record the largest amax of all ranks of the process group where ``torch.distributed`` is initialized, so
+            that ranks agree; every rank must then call.
+        process_group: the ranks that agree; None is the default group.
+
+    Raises:
+        TypeError, ValueError: an unknown format or policy, a length below 1, a margin that is no number.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import E4M3, AmaxHistory
+        >>> history = AmaxHistory(E4M3, length=2)
+        >>> [history(torch.full((4,), amax)).item() for amax in (448.0, 896.0, 0.0, 0.0, 0.0)]
+        [1.0, 1.0, 2.0, 2.0, 1.0]
+    """
+
+    history: Tensor
+
+    def __init__(
+        self,
+        format: FP8Format | str,
+        *,
+        length: int = 1024,
+        policy: str = "max",
+        margin: float = 0,
+        reduce: bool = True,
+        process_group: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self.format = resolve_format(format)
+        self.policy = policy
+        self.factor = 2.0**margin
+        self.reduce = reduce
+        self.process_group = process_group
+        self.register_buffer("history", torch.zeros(length))
+
+    def scale(self) -> Tensor:
+        """The scale of the history, a 0-d float32 tensor."""
+        kept = self.history.max() if self.policy == "max" else self.history[0]
+        return as_scale(kept.float() * self.factor, self.format.max_representable_value)
+
+    def record(self, x: Tensor) -> None:
+        """Puts the amax of x first in the history and drops the oldest."""
+        new = PerTensor().apply(amax, x.detach()).reshape(1).to(self.history.dtype)
+        new = torch.where(new < math.inf, new, self.history[:1])  # also for NaN
+        if self.reduce and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(new, dist.ReduceOp.MAX, group=self.process_group)
+        self.history.copy_(torch.cat([new, self.history[:-1]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale()
+        if self.training:
+            self.record(x)
+        return scale

@@ -1,0 +1,225 @@
+"""From a tensor to a scale: what statistic of a tensor, of its axes or of its blocks becomes which scale."""
+
+import math
+from collections.abc import Callable
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from ops_registry.aten import divide
+
+from .formats import FP8Format, resolve
+from .granularity import PerAxis, PerBlock, PerTensor
+from .magnitudes import amax, percentile
+from .ops import quantize
+
+METHODS = ("amax", "percentile", "mse")
+POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
+_E8M0_BIAS = 127
+_E8M0_ZERO_BITS = 1 << 22  # 2^-127, the value of code 0, as a float32
+_MANTISSA = (1 << 23) - 1
+# What mse tries beside amax itself.
+_MSE_FACTORS = [2.0 ** (-step / 16) for step in range(1, 33)]
+_MSE_POWER_OF_TWO_FACTORS = [2.0, 0.5, 0.25]  # 2 because two of the rules clip
+
+
+class ScaleOptions(TypedDict, total=False):
+    """The keywords of :func:`compute_scale` that say how the elements of a group make its scale."""
+
+    method: str
+    fraction: float
+    power_of_two: str | None
+    scale_format: FP8Format | str | None
+
+
+def compute_scale(
+    x: Tensor,
+    format: FP8Format | str,
+    *,
+    method: str = "amax",
+    granularity: PerTensor | PerAxis | PerBlock = PerTensor(),  # noqa: B008  (frozen)
+    fraction: float = 0.999,
+    power_of_two: str | None = None,
+    scale_format: FP8Format | str | None = None,
+) -> Tensor:
+    """The scale with which x fits a format: ``quantize(x, format, compute_scale(x, format))``.
+
+    A statistic of |x| is divided by the largest value of the format, correctly rounded. With ``"amax"`` nothing clips:
+    what x / scale may exceed the largest value by, for the rounding of both quotients, the rounding to the format
+    takes back.
+    Nothing is read back from the device, and no gradient flows through a scale.
+
+    Zeros, infinities and NaN: a statistic of 0 gives the scale 1. A scale is never below the smallest normal number of
+    its dtype nor above the largest. Where the statistic is infinite or any element is NaN, the scale is NaN, and so is
+    the group in quantize. Powers of two follow OCP MX instead: 2^-127 for zeros, 2^-127 to 2^127 otherwise, infinity
+    counting as 2^128, NaN for NaN. With scale_format a group of zeros gets the smallest scale, and an infinite or NaN
+    element makes the scale of the whole tensor NaN.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape.
+        format: as in :func:`quantize`.
+        method: ``"amax"``: the largest |x|. ``"percentile"``: that of |x| at fraction, interpolated as numpy's
+            ``quantile`` does in float64. ``"mse"``: the scale with the least squared error of :func:`quantize`, among
+            that of amax and 2^(-1/16), 2^(-2/16) ... 2^-2 times it (with power_of_two 2, 1/2 and 1/4 times).
+        granularity: :class:`PerTensor`, :class:`PerAxis` or :class:`PerBlock`.
+        fraction: for ``"percentile"``, 0 to 1.
+        power_of_two: rounds the scale to a power of two by a rule of OCP MX implementations. ``"floor"``, ``"ceil"``:
+            the statistic to a power of two, over that of the largest value. ``"even"``: floor after rounding the
+            statistic to the mantissa bits of the format. ``"rceil"``: the quotient rounded up.
+        scale_format: rounds the scales to this format, under a float32 scale of the whole tensor that brings the
+            largest to the top of the format. A scale is not below the smallest normal value there.
+
+    Returns:
+        float32 (float64 for float64 x). Per tensor a 0-d tensor; per axis x's shape with 1 in the other dimensions; per
+        block x's shape, every element with the scale of its block (:func:`quantize_blocks` needs no such tensor).
+
+    Raises:
+        TypeError: x or format of a wrong type or dtype.
+        ValueError: an unknown method, rule or format, a fraction outside 0 to 1, both roundings of the scale, axes or
+            blocks that x does not have.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import E4M3, PerAxis, compute_scale
+        >>> compute_scale(torch.tensor([[448.0, 1.0], [0.0, -7.0]]), E4M3, granularity=PerAxis(0))
+        tensor([[1.0000],
+                [0.0156]])
+    """
+    scale_of = scaler(x, format, method=method, fraction=fraction, power_of_two=power_of_two, scale_format=scale_format)
+    scale = granularity.apply(scale_of, x.detach())
+    return scale.reshape(()) if isinstance(granularity, PerTensor) else scale
+
+
+def quantize_blocks(
+    x: Tensor,
+    format: FP8Format | str,
+    *,
+    granularity: PerTensor | PerAxis | PerBlock,
+    **options: Unpack[ScaleOptions],
+) -> Tensor:
+    """:func:`quantize` with the scales of :func:`compute_scale`, bit for bit, in one call and without copies.
+
+    A recipe is the keywords of a call: ``quantize_blocks(x, **MXFP4)``.
+
+    Args:
+        x: as in :func:`quantize`.
+        format, granularity, options: as in :func:`compute_scale`.
+
+    Returns:
+        A tensor of x's shape and dtype. Blocks are views of x; only where x ends in a smaller block, parts of the
+        result are put together by a copy.
+
+    Raises:
+        TypeError, ValueError: as in :func:`compute_scale`.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import MXFP4, quantize_blocks
+        >>> quantize_blocks(torch.tensor([[0.1, 0.25, 6.0, -100.0]]), **MXFP4)
+        tensor([[  0.,   0.,   8., -96.]])
+    """
+    scale_of = scaler(x, format, **options)
+    return granularity.apply(lambda blocks, dims: quantize(blocks, format, scale_of(blocks.detach(), dims)), x)
+
+
+def scaler(
+    x: Tensor,
+    format: FP8Format | str,
+    method: str = "amax",
+    fraction: float = 0.999,
+    power_of_two: str | None = None,
+    scale_format: FP8Format | str | None = None,
+) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    """The function (view of x, dims) -> scale, with 1 for the size of dims; checks the options."""
+    f = resolve_format(format)
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be from 0 to 1, got {fraction!r}")
+    if power_of_two is not None and power_of_two not in POWER_OF_TWO_RULES:
+        raise ValueError(f"power_of_two must be one of {', '.join(POWER_OF_TWO_RULES)} or None, got {power_of_two!r}")
+    if power_of_two is not None and scale_format is not None:
+        raise ValueError("power_of_two and scale_format both round the scale: give one of them")
+    to_scale = _rounded_scale(x, f, power_of_two, scale_format)
+
+    def scale_of(group: Tensor, dims: tuple[int, ...]) -> Tensor:
+        if method == "percentile":
+            return to_scale(percentile(group, dims, fraction))
+        if method == "mse":
+            factors = _MSE_FACTORS if power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
+            return _least_error(group, dims, f, factors, to_scale)
+        return to_scale(amax(group, dims))
+
+    return scale_of
+
+
+def as_scale(amax: Tensor, max_value: float) -> Tensor:
+    """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN."""
+    limits = torch.finfo(amax.dtype)
+    scale = divide(amax, amax.new_full((), max_value)).clamp(limits.smallest_normal, limits.max)
+    return scale.masked_fill(amax == 0, 1.0).masked_fill(amax == math.inf, math.nan)
+
+
+def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
+    """The E8M0 scale of amax in float32, by the rules of OCP MX, on the bits of float32 numbers (logarithms err)."""
+    max_value, amax = format.max_representable_value, amax.float()
+    if rule == "rceil":
+        bits = divide(amax, amax.new_full((), max_value)).view(torch.int32)
+        # The mantissa carries into the exponent, but for the subnormals up to 2^-127, the smallest scale.
+        code = torch.where(bits <= _E8M0_ZERO_BITS, 0, (bits + _MANTISSA) >> 23)
+    else:
+        carry = {"floor": 0, "ceil": _MANTISSA, "even": 1 << (22 - format.mantissa_bits)}[rule]
+        code = ((amax.view(torch.int32) + carry) >> 23) - (math.frexp(max_value)[1] - 1)
+    code = code.clamp(0, 2 * _E8M0_BIAS)
+    scale = torch.where(code == 0, _E8M0_ZERO_BITS, code << 23).view(torch.float32)
+    return scale.masked_fill(amax.isnan(), math.nan)
+
+
+def _rounded_scale(
+    x: Tensor, format: FP8Format, power_of_two: str | None, scale_format: FP8Format | str | None
+) -> Callable[[Tensor], Tensor]:
+    """The function amax -> scale."""
+    max_value = format.max_representable_value
+    if power_of_two is not None:
+        return lambda amax: as_power_of_two(amax, format, power_of_two).to(amax.dtype)
+    if scale_format is None:
+        return lambda amax: as_scale(amax, max_value)
+    f = resolve_format(scale_format)
+    tensor_scale = as_scale(PerTensor().apply(amax, x.detach()), max_value * f.max_representable_value).reshape(())
+    smallest = f.smallest_normal or f.smallest_subnormal  # below it the rounding would clip
+
+    def to_scale(amax: Tensor) -> Tensor:
+        quotient = divide(divide(amax, amax.new_full((), max_value)), tensor_scale)
+        return quantize(quotient.clamp(min=smallest), f, tensor_scale.new_ones(())) * tensor_scale
+
+    return to_scale
+
+
+def _least_error(
+    x: Tensor, dims: tuple[int, ...], format: FP8Format, factors: list[float], to_scale: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """to_scale(amax), or to_scale(amax * factor) where that has a smaller squared error; the first of equals."""
+
+    def error_of(scale: Tensor) -> Tensor:
+        return (quantize(x, format, scale).double() - x.double()).square().sum(dims, keepdim=True)
+
+    largest = amax(x, dims)
+    best = to_scale(largest)
+    least = error_of(best)
+    for factor in factors:
+        scale = to_scale(largest * factor)
+        error = error_of(scale)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def resolve_format(format: FP8Format | str) -> FP8Format:
+    return format if isinstance(format, FP8Format) else resolve(format)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: Dynamo then calls the function
+# instead of tracing it, and locks and regular expressions in it cannot be traced.
+resolve_format._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,126 @@
+"""What a format does to a tensor: the signal-to-noise ratio, shares of its values, and updates that get lost."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops_registry.aten import divide
+
+from .formats import FP8Format
+from .ops import encode, quantize
+from .scaling import resolve_format
+
+
+class QuantizationStats(NamedTuple):
+    """Shares of the elements of x, as 0-d float64 tensors (what is measured is in :func:`quantization_stats`)."""
+
+    clipped: Tensor
+    flushed: Tensor
+    subnormal: Tensor
+    exact: Tensor
+    sqnr: Tensor
+    used_bits: Tensor
+
+
+def sqnr(x: Tensor, y: Tensor) -> Tensor:
+    """The signal-to-quantization-noise ratio in dB, ``10 log10(sum x^2 / sum (x - y)^2)``, in float64.
+
+    Infinity where y equals x, NaN where x is zero as well, or empty.
+
+    Args:
+        x: the signal, floating point.
+        y: what quantization made of it, x's shape.
+
+    Returns:
+        A 0-d float64 tensor.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import sqnr
+        >>> sqnr(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 1.0]))
+        tensor(20., dtype=torch.float64)
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = x.detach().double(), y.detach().double()
+    return 10 * (x.square().sum() / (x - y).square().sum()).log10()
+
+
+def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float = 1.0) -> QuantizationStats:
+    """What :func:`quantize` does to x, without reading anything back from the device.
+
+    Args:
+        x, format, scale: as in :func:`quantize`.
+
+    Returns:
+        0-d float64 tensors: the shares of all elements that are
+
+        - ``clipped``: x / scale rounds to more than the largest value;
+        - ``flushed``: x is not zero and becomes zero;
+        - ``subnormal``: the result is a subnormal of the format, not zero;
+        - ``exact``: the result equals x;
+
+        then ``sqnr(x, quantize(x))``, and ``used_bits``, log2 of the number of different codes in use, of format.bits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`quantize`.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import E4M3, quantization_stats
+        >>> stats = quantization_stats(torch.tensor([1.0, 1e-9, 500.0, 2**-9]), E4M3)
+        >>> [share.item() for share in stats[:4]]
+        [0.25, 0.25, 0.25, 0.5]
+    """
+    f, x = resolve_format(format), x.detach()
+    y, codes = quantize(x, f, scale), encode(x, f, scale)
+    if not isinstance(scale, Tensor):
+        scale = x.new_full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    q = divide(x, scale).abs()
+    limit = (f.max_representable_value + f.overflow_value) / 2  # a tie goes to the even code
+    magnitude = codes & (f.sign_code - 1)
+    is_used = torch.zeros(2**f.bits, dtype=torch.bool, device=x.device)
+    is_used = is_used.index_fill(0, codes.flatten().long(), True)
+
+    def share(condition: Tensor) -> Tensor:
+        return condition.mean(dtype=torch.float64)
+
+    return QuantizationStats(
+        clipped=share((q >= limit) if f.max_code % 2 else (q > limit)),
+        flushed=share((y == 0) & (x != 0)),
+        subnormal=share((magnitude > 0) & (magnitude < 1 << f.mantissa_bits)),
+        exact=share(y == x),
+        sqnr=sqnr(x, y),
+        used_bits=is_used.sum().double().log2(),
+    )
+
+
+def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str, scale: Tensor | float = 1.0) -> Tensor:
+    """The share of weights that the update ``w - lr * g`` leaves on the same code although g is not zero.
+
+    Args:
+        w: the weights, floating point.
+        g: their gradient, w's shape.
+        lr: the learning rate.
+        format, scale: as in :func:`quantize`.
+
+    Returns:
+        A 0-d float64 tensor, from 0 to 1.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`quantize`.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import E3M4, bit_stall
+        >>> w, g = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([0.0, 0.01, -0.01, 10.0])
+        >>> bit_stall(w, g, 0.1, E3M4)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    w, g = w.detach(), g.detach()
+    is_same = encode(w - lr * g, format, scale) == encode(w, format, scale)
+    return (is_same & (g != 0)).mean(dtype=torch.float64)
