@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.aten import divide
+from ops_registry.checks import FLOAT_DTYPES
 
 from .formats import FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor
