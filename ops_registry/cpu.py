@@ -1,0 +1,245 @@
+"""The CPU kernels: plain C, in a library that is built where a compiler is at hand; without it the aten kernels serve.
+
+The library knows neither torch nor Python. It gets addresses, sizes and strides, and torch's own thread pool through
+the C function ``torch_parallel_for``, so it uses as many threads as any torch operator. ctypes releases the GIL.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    RANDOM_BITS,
+    ROUNDINGS,
+    SATURATIONS,
+    check_decode,
+    check_dequantize,
+    check_quantize,
+    check_stochastic,
+)
+from .formats import resolve
+from .schemas import library
+
+_QUANTIZE, _ENCODE, _DECODE, _DEQUANTIZE = range(4)
+_DTYPES = {
+    dtype: i
+    for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32))
+}
+_ROUNDINGS = {rounding: i for i, rounding in enumerate((*ROUNDINGS, "stochastic"))}
+_Operands = ctypes.c_int32 * 3
+
+
+class _Plan(ctypes.Structure):
+    """``struct plan`` of csrc/plan.h."""
+
+    _fields_ = [
+        ("operation", ctypes.c_int32),
+        ("is_double", ctypes.c_int32),
+        ("dtypes", _Operands),
+        ("out_dtype", ctypes.c_int32),
+        ("rounding", ctypes.c_int32),
+        ("random_bits", ctypes.c_int32),
+        ("mantissa_bits", ctypes.c_int32),
+        ("min_exponent", ctypes.c_int32),
+        ("sign_code", ctypes.c_int32),
+        ("max_code", ctypes.c_int32),
+        ("inf_code", ctypes.c_int32),
+        ("nan_code", ctypes.c_int32),
+        ("has_nan", ctypes.c_int32),
+        ("has_negative_zero", ctypes.c_int32),
+        ("limit_code", ctypes.c_int32),
+        ("over_codes", ctypes.c_int32 * 2),
+        ("infinite_code", ctypes.c_int32),
+    ]
+
+
+def _load() -> tuple[Any, str]:
+    """The library and the name of what serves; ALTGRAD_CPU_TARGET asks for an instruction set or for ``aten``."""
+    wanted = os.environ.get("ALTGRAD_CPU_TARGET")
+    if wanted == "aten":
+        return None, "aten"
+    paths = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not paths:
+        if wanted:
+            raise ImportError(f"ALTGRAD_CPU_TARGET={wanted}, but the C kernels of altgrad were not built")
+        return None, "aten"
+    native = ctypes.CDLL(str(paths[0]))
+    native.altgrad_select.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    native.altgrad_select.restype = ctypes.c_char_p
+    native.altgrad_run.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        *[ctypes.c_void_p] * 4,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    native.altgrad_run.restype = None
+    # The handle reaches whatever torch's own extension module links to.
+    threads = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    name = native.altgrad_select(wanted.encode() if wanted else None, ctypes.cast(threads, ctypes.c_void_p))
+    if name is None:
+        raise ImportError(f"ALTGRAD_CPU_TARGET={wanted} is none of aten and the instruction sets of this machine")
+    return native, name.decode()
+
+
+_native, _backend = _load()
+
+
+def backend() -> str:
+    """What serves CPU tensors: ``"avx512"``, ``"avx2"`` or ``"baseline"`` (C for that instruction set), or ``"aten"``.
+
+    The environment variable ALTGRAD_CPU_TARGET, read at import, asks for one of them; ImportError where it cannot be.
+
+    Example:
+        >>> from ops_registry.cpu import backend
+        >>> backend() in ("avx512", "avx2", "baseline", "aten")
+        True
+    """
+    return _backend
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    operation: int,
+    x_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_dtype: torch.dtype = torch.int32,
+) -> Any:
+    """The plan of a call as a pointer, made once for each combination of arguments."""
+    f = resolve(format)
+    nan_code = f.max_code if f.nan_code is None else f.nan_code
+    beyond = nan_code if f.inf_code is None else f.inf_code
+    sees_overflow = saturation == "none" and f.has_nan
+    over = beyond if sees_overflow else f.max_code
+    infinite = beyond if sees_overflow or (saturation == "propagate" and f.has_inf) else f.max_code
+    # Rounding a finite value inwards stops at max.
+    over_positive = f.max_code if rounding in ("toward_zero", "toward_negative") else over
+    over_negative = f.max_code if rounding in ("toward_zero", "toward_positive") else over
+    plan = _Plan(
+        operation=operation,
+        is_double=torch.float64 in (x_dtype, out_dtype),
+        dtypes=_Operands(_DTYPES[x_dtype], _DTYPES[scale_dtype], _DTYPES[random_dtype]),
+        out_dtype=_DTYPES[out_dtype],
+        rounding=_ROUNDINGS[rounding],
+        random_bits=RANDOM_BITS[random_dtype],
+        mantissa_bits=f.mantissa_bits,
+        min_exponent=f.min_exponent,
+        sign_code=f.sign_code,
+        max_code=f.max_code,
+        inf_code=-1 if f.inf_code is None else f.inf_code,
+        nan_code=nan_code,
+        has_nan=f.has_nan,
+        has_negative_zero=f.has_negative_zero,
+        limit_code=f.max_code + sees_overflow,
+        over_codes=(over_positive, over_negative),
+        infinite_code=infinite,
+    )
+    return ctypes.pointer(plan)
+
+
+def _run(plan: Any, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor | None = None) -> Tensor:
+    n = out.numel()
+    if n == 0:
+        return out
+    random_pointer, dims = None, list[int]()
+    strides = x.stride()
+    is_flat = scale.numel() == 1 and strides == out.stride()
+    if random_bits is not None:
+        random_pointer = random_bits.data_ptr()
+        is_flat = is_flat and random_bits.stride() == strides
+    if not is_flat:
+        dims = _dims(out, x, scale.expand(x.shape), x if random_bits is None else random_bits)
+    _native.altgrad_run(
+        plan,
+        n,
+        out.data_ptr(),
+        x.data_ptr(),
+        scale.data_ptr(),
+        random_pointer,
+        len(dims) // 4,
+        (ctypes.c_int64 * len(dims))(*dims) if dims else None,
+    )
+    return out
+
+
+def _dims(out: Tensor, *operands: Tensor) -> list[int]:
+    """Size and operands' strides of each dimension, from the outermost in out's memory; ones that continue merged."""
+    rows: list[tuple[int, ...]] = []
+    strides = [operand.stride() for operand in operands]
+    for _, size, *inner in sorted(zip(out.stride(), out.shape, *strides, strict=True), reverse=True):
+        if size == 1:
+            continue
+        if rows and all(outer == stride * size for outer, stride in zip(rows[-1][1:], inner, strict=True)):
+            rows[-1] = (rows[-1][0] * size, *inner)
+        else:
+            rows.append((size, *inner))
+    return [number for row in rows for number in row]
+
+
+def quantize(
+    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+) -> Tensor:
+    check_quantize(x, scale, format, saturation, rounding)
+    plan = _plan(_QUANTIZE, x.dtype, scale.dtype, x.dtype, format, saturation, rounding)
+    return _run(plan, torch.empty_like(x), x, scale)
+
+
+def quantize_stochastic(
+    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
+) -> Tensor:
+    check_stochastic(x, scale, random_bits, format, saturation)
+    plan = _plan(_QUANTIZE, x.dtype, scale.dtype, x.dtype, format, saturation, "stochastic", random_bits.dtype)
+    return _run(plan, torch.empty_like(x), x, scale, random_bits)
+
+
+def encode(
+    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+) -> Tensor:
+    check_quantize(x, scale, format, saturation, rounding)
+    plan = _plan(_ENCODE, x.dtype, scale.dtype, torch.uint8, format, saturation, rounding)
+    return _run(plan, torch.empty_like(x, dtype=torch.uint8), x, scale)
+
+
+def encode_stochastic(
+    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
+) -> Tensor:
+    check_stochastic(x, scale, random_bits, format, saturation)
+    plan = _plan(_ENCODE, x.dtype, scale.dtype, torch.uint8, format, saturation, "stochastic", random_bits.dtype)
+    return _run(plan, torch.empty_like(x, dtype=torch.uint8), x, scale, random_bits)
+
+
+def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
+    check_decode(codes, scale, format, dtype)
+    dtype = dtype or torch.float32
+    plan = _plan(_DECODE, codes.dtype, scale.dtype, dtype, format)
+    return _run(plan, torch.empty_like(codes, dtype=dtype), codes, scale)
+
+
+def dequantize(x: Tensor, scale: Tensor) -> Tensor:
+    check_dequantize(x, scale)
+    plan = _plan(_DEQUANTIZE, x.dtype, scale.dtype, x.dtype, "E5M2")  # any format: it is not looked at
+    return _run(plan, torch.empty_like(x), x, scale)
+
+
+_KERNELS: dict[str, Callable[..., Tensor]] = {
+    "quantize": quantize,
+    "quantize_stochastic": quantize_stochastic,
+    "encode": encode,
+    "encode_stochastic": encode_stochastic,
+    "decode": decode,
+    "dequantize": dequantize,
+}
+
+if _native is not None:
+    for _name, _kernel in _KERNELS.items():
+        library.impl(_name, _kernel, "CPU")

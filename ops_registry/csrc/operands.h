@@ -1,0 +1,122 @@
+/* Reading operands of any dtype and layout in the memory order of the output. */
+
+/* float16 is one more format: 10 mantissa bits, exponents from -14. Its infinity has the code that follows its max. */
+#define FLOAT16_FORMAT                                                                                                 \
+    {.mantissa_bits = 10,                                                                                              \
+     .min_step = (127 - 14) << 23,                                                                                     \
+     .magic_offset = (13u << 23) - ((uint32_t)(127 - 14) << 10),                                                       \
+     .limit = (127 + 16) << 23}
+#define FLOAT16_INFINITY 0x7c00u
+#define FLOAT32_INFINITY 0x7f800000u
+
+INLINE float from_float16(uint16_t code) {
+    const struct format32 f = FLOAT16_FORMAT;
+    uint32_t magnitude = code & 0x7fffu;
+    uint32_t a = value32(magnitude, &f);
+    a = magnitude >= FLOAT16_INFINITY ? FLOAT32_INFINITY | magnitude << 13 : a;
+    return number32(a | (code & 0x8000u) << 16);
+}
+
+INLINE uint16_t to_float16(float number) {
+    const struct format32 f = FLOAT16_FORMAT;
+    uint32_t bits = bits32(number), a = bits & 0x7fffffffu, magic;
+    uint32_t code = round32(min32(a, f.limit), 0, 0, NEAREST_TIES_TO_EVEN, &f, &magic) & 0x7fffffu;
+    return (uint16_t)((a > FLOAT32_INFINITY ? FLOAT16_INFINITY | 1 : code) | (bits >> 16 & 0x8000u));
+}
+
+INLINE uint16_t to_bfloat16(float number) {
+    uint32_t bits = bits32(number);
+    uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > FLOAT32_INFINITY ? 0x7fc0u : nearest);
+}
+
+INLINE int64_t size_of(enum dtype dtype) {
+    return dtype == UINT8 ? 1 : dtype == FLOAT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : 2;
+}
+
+/* An operand as a sequence in the memory order of the output. */
+struct stream {
+    const char *data;
+    int64_t size;     /* of an element, in bytes */
+    int64_t period;   /* the sequence repeats after as many elements: 1 for a scalar */
+    int is_contiguous;
+    const struct call *call;
+    int operand;
+    void *buffer; /* for CHUNK elements */
+};
+
+static struct stream open_stream(const struct call *c, int operand, void *buffer) {
+    struct stream s = {c->data[operand], size_of(c->plan->dtypes[operand]), 1, 1, c, operand, buffer};
+    int64_t inner = 1;
+    for (int64_t d = c->ndim - 1; d >= 0; d--) {
+        const int64_t *dim = c->dims + d * (1 + OPERANDS), stride = dim[1 + operand];
+        s.is_contiguous &= stride == inner;
+        inner *= dim[0];
+        s.period = stride ? inner : s.period;
+    }
+    return s;
+}
+
+#define COPY(TYPE)                                                                                                     \
+    for (int64_t i = 0; i < run; i++) {                                                                                \
+        ((TYPE *)to)[i] = ((const TYPE *)from)[i * stride];                                                            \
+    }
+
+static void copy_run(char *restrict to, const char *restrict from, int64_t run, int64_t stride, int64_t size) {
+    if (stride == 1) {
+        memcpy(to, from, (size_t)(run * size));
+    } else if (stride == 0 && size == 4) {
+        uint32_t element;
+        memcpy(&element, from, 4);
+        for (int64_t i = 0; i < run; i++) {
+            ((uint32_t *)to)[i] = element;
+        }
+    } else if (size == 1) {
+        COPY(uint8_t)
+    } else if (size == 2) {
+        COPY(uint16_t)
+    } else if (size == 4) {
+        COPY(uint32_t)
+    } else {
+        COPY(uint64_t)
+    }
+}
+#undef COPY
+
+/* Elements begin to begin + n <= CHUNK of a stream: in place where they lie side by side, else in its buffer. */
+static const void *read_stream(const struct stream *s, int64_t begin, int64_t n) {
+    if (s->is_contiguous) {
+        return s->data + begin * s->size;
+    }
+    const int64_t *dims = s->call->dims, width = 1 + OPERANDS;
+    const int64_t inner = dims[(s->call->ndim - 1) * width], stride = dims[(s->call->ndim - 1) * width + 1 + s->operand];
+    for (int64_t done = 0, run; done < n; done += run) {
+        int64_t rest = (begin + done) / inner, position = (begin + done) % inner;
+        int64_t offset = position * stride;
+        for (int64_t d = s->call->ndim - 2; d >= 0; d--) {
+            offset += rest % dims[d * width] * dims[d * width + 1 + s->operand];
+            rest /= dims[d * width];
+        }
+        run = inner - position < n - done ? inner - position : n - done;
+        const char *from = s->data + offset * s->size;
+        if (run == n && stride == 1) {
+            return from;
+        }
+        copy_run((char *)s->buffer + done * s->size, from, run, stride, s->size);
+    }
+    return s->buffer;
+}
+
+/* n random numbers in their low bits. */
+static const uint32_t *read_random(const struct stream *s, const struct plan *p, int64_t begin, int64_t n,
+                                   uint32_t *restrict numbers) {
+    const void *raw = read_stream(s, begin, n);
+    const uint32_t mask = (1u << p->random_bits) - 1;
+    for (int64_t i = 0; p->dtypes[RANDOM] == UINT8 && i < n; i++) {
+        numbers[i] = ((const uint8_t *)raw)[i];
+    }
+    for (int64_t i = 0; p->dtypes[RANDOM] == INT32 && i < n; i++) {
+        numbers[i] = ((const uint32_t *)raw)[i] & mask;
+    }
+    return numbers;
+}

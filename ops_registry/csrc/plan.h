@@ -1,0 +1,44 @@
+/* What one call is made of. ops_registry/cpu.py lays the same struct out with ctypes. */
+
+#ifndef ALTGRAD_PLAN_H
+#define ALTGRAD_PLAN_H
+
+#include <stdint.h>
+
+enum operation { QUANTIZE, ENCODE, DECODE, DEQUANTIZE };
+enum dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, UINT8, INT32 };
+enum rounding {
+    NEAREST_TIES_TO_EVEN,
+    NEAREST_TIES_TO_AWAY,
+    TOWARD_ZERO,
+    TOWARD_POSITIVE,
+    TOWARD_NEGATIVE,
+    TO_ODD,
+    STOCHASTIC
+};
+enum { X, SCALE, RANDOM, OPERANDS };
+
+/* An operator with its format, modes and dtypes: all but the tensors. Codes of specials stand for their values too. */
+struct plan {
+    int32_t operation;
+    int32_t is_double; /* the arithmetic is float64, else float32 */
+    int32_t dtypes[OPERANDS], out_dtype;
+    int32_t rounding, random_bits; /* of each random number, the low ones count */
+    int32_t mantissa_bits, min_exponent;
+    int32_t sign_code, max_code, inf_code, nan_code; /* inf_code is -1 where there is none; nan_code is what NaN packs to */
+    int32_t has_nan, has_negative_zero;
+    int32_t limit_code;    /* magnitudes are cut to this one before rounding: max, or one beyond to see the overflow */
+    int32_t over_codes[2]; /* what a finite value beyond max becomes, by its sign */
+    int32_t infinite_code; /* what infinity becomes */
+};
+
+/* A plan with its tensors. out is dense, and position i is its i-th element in memory. */
+struct call {
+    const struct plan *plan;
+    char *out;
+    const char *data[OPERANDS];
+    int64_t ndim;
+    const int64_t *dims; /* ndim rows from the outermost dimension: size, then the stride of each operand in elements */
+};
+
+#endif

@@ -1,0 +1,60 @@
+"""Builds the C kernels of ops_registry/csrc into ops_registry/_kernels.so, one object for each instruction set.
+
+Everything else is said in pyproject.toml. Where there is no C compiler the install goes on without the library.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+TARGETS = {"baseline": []}
+IS_X86 = platform.machine() in ("x86_64", "AMD64") and sys.platform != "darwin"
+if IS_X86:
+    TARGETS["avx2"] = ["-mavx2"]
+    TARGETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+
+
+class BuildKernels(build_ext):
+    """One compilation of kernels.c for each instruction set; the library is loaded by ctypes, not imported."""
+
+    def build_extension(self, ext):
+        source = Path("ops_registry/csrc")
+        build = Path(self.build_temp)
+        objects = self.compiler.compile(
+            [str(source / "main.c")],
+            str(build),
+            macros=[("ALTGRAD_X86", None)] if IS_X86 else [],
+            extra_postargs=FLAGS,
+            depends=ext.depends,
+        )
+        for target, flags in TARGETS.items():
+            objects += self.compiler.compile(
+                [str(source / "kernels.c")],
+                str(build / target),
+                macros=[("TARGET", target)],
+                extra_postargs=FLAGS + flags,
+                depends=ext.depends,
+            )
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, str(library), libraries=["m"])
+
+    def get_ext_filename(self, name):
+        return str(Path(*name.split("."))) + ".so"  # no Python's tag: it depends on none
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "ops_registry._kernels",
+            sources=[],
+            depends=[str(path) for path in sorted(Path("ops_registry/csrc").iterdir())],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
