@@ -120,6 +120,7 @@ def check_export(model: Network, x: Tensor) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # the network is too small to share
     train_x, test_x, train_y, test_y = digits()
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     backend = "inductor" if shutil.which(compiler) else "aot_eager"
