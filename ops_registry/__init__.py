@@ -4,6 +4,6 @@ It needs torch alone, and a program that was exported with the operators needs n
 """
 
 from . import schemas  # isort: skip  (first: the others register behind it)
-from . import aten, autograd, cpu, cuda, fake, functionalize, vmap
+from . import aten, autograd, cpu, cuda, fake, functionalize, sharding, vmap
 
-__all__ = ["aten", "autograd", "cpu", "cuda", "fake", "functionalize", "schemas", "vmap"]
+__all__ = ["aten", "autograd", "cpu", "cuda", "fake", "functionalize", "schemas", "sharding", "vmap"]

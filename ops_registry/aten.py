@@ -65,9 +65,8 @@ def round_nearest(a: Tensor, format: FP8Format) -> Tensor:
         # Any log2 with an error below 1/2 finds k.
         code = normal.log2().round() + format.bias
         normal = torch.where((a == normal * 0.75) & is_odd(code), normal * 0.5, normal)
-    # Next to 2^fraction_bits quanta the floats are one quantum apart.
-    magic = format.quantum * 2.0 ** _FRACTION_BITS[a.dtype]
-    subnormal = (a + magic) - magic
+    # Not (a + c) - c, which is as fast: the optimizer of torch.onnx takes a constant c below 1e-8 for 0.
+    subnormal = (a * (1.0 / format.quantum)).round() * format.quantum
     return torch.where(a < 2.0**format.min_exponent, subnormal, normal)
 
 

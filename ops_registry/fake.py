@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import check_decode, check_dequantize, check_quantize, check_stochastic
 from .schemas import library
+from .sharding import register_where_used
 
 # Raised by every change of a result or of a gradient. Compiled code is cached on disk under the operator's name and
 # arguments only; with this in the key, new numerics never meet old compiled code.
@@ -33,6 +34,7 @@ def _fake(name: str) -> Callable[..., Tensor]:
 
     def fake(x: Tensor, *args: Any) -> Tensor:
         _stamp_compile_cache()
+        register_where_used()
         check(x, *args)
         return torch.empty_like(x, dtype=dtype_of(x, *args))
 

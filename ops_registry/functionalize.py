@@ -36,6 +36,14 @@ def _inlined(formula: Callable[..., Tensor]) -> Callable[..., Any]:
     return rule
 
 
+def _portable(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decomposition(x: Tensor, scale: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # The optimizer of torch.onnx drops a product with a 0-d constant within 1e-5 of 1, but not with a 1-d one.
+        return formula(x, scale.unsqueeze(0) if x.ndim > scale.ndim == 0 else scale, *args, **kwargs)
+
+    return decomposition
+
+
 _PORTABLE = {
     "quantize": partial(quantize, multiply=multiply_portable),
     "quantize_stochastic": partial(quantize_stochastic, multiply=multiply_portable),
@@ -44,4 +52,4 @@ _PORTABLE = {
 for _name, _formula in FORMULAS.items():
     torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_formula), lib=library)
     _op = getattr(torch.ops.altgrad, _name).default
-    register_decomposition(_op, unsafe=True)(_PORTABLE.get(_name, _formula))  # unsafe: a partial has no annotations
+    register_decomposition(_op)(_portable(_PORTABLE.get(_name, _formula)))

@@ -1,0 +1,57 @@
+"""How DTensor splits an operator: like its first argument, with whatever part of the scale the split needs.
+
+DTensor would derive a rule from the global decomposition table (torch 2.13; 2.11 does not), but it breaks ties between
+placements at will. With this rule the output is placed as x is, and only a Partial x is communicated: it is reduced
+first. ``torch.distributed.tensor`` is not imported for it.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from .schemas import OPERATORS
+
+
+def register_where_used() -> None:
+    """Registers the rules once DTensor is imported. Fakes call it: DTensor runs them before it looks for a rule."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register()
+
+
+@cache
+def _register() -> None:
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for name in OPERATORS:
+        register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(name))
+
+
+def _rule(name: str) -> Callable[..., Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    tensors = 3 if name.endswith("_stochastic") else 2
+
+    def placements(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+        """The choices for one dimension of the mesh, each (output, arguments): replicated, or split as an input is."""
+        x, scale = args[:2]
+        others = [None] * (len(args) - tensors)
+        choices = [([Replicate()], [Replicate()] * tensors + others)]
+        splits = {p: None for like_x in (x, *args[2:tensors]) for p in like_x.placements if hasattr(p, "dim")}
+        lead = x.ndim - scale.ndim
+        splits |= {Shard(p.dim + lead): None for p in scale.placements if p.is_shard()}
+        for split in splits:
+            if split.dim < lead or scale.shape[split.dim - lead] == 1:
+                of_scale = Replicate()
+            elif split.is_shard():
+                of_scale = Shard(split.dim - lead)
+            elif lead == 0:
+                of_scale = split  # strided, as in tensor parallelism under FSDP2
+            else:
+                continue
+            choices.append(([split], [split, of_scale, *[split] * (tensors - 2), *others]))
+        return choices
+
+    return placements
