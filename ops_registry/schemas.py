@@ -18,7 +18,7 @@ OPERATORS = {
 # layout follows x, and saves a copy where an operator stays opaque.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.pointwise, torch.Tag.flexible_layout)
 
-# A FRAGMENT may be defined again on reload; the registrations live as long as this object.
+# The registrations live as long as this object.
 library = torch.library.Library("altgrad", "FRAGMENT")
 for _schema in OPERATORS.values():
     library.define(_schema, tags=_TAGS)

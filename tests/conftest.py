@@ -9,13 +9,11 @@ from altgrad.quantization import FORMAT_REGISTRY, resolve
 
 NAMED = list(FORMAT_REGISTRY.values())
 # Every combination of specials, and every edge of the grammar: no exponent, no mantissa, one bit of each, far biases.
-SPELLED = [
-    resolve(spelling)
-    for spelling in """
-        e3m4b3 e4m3b7 e4m3b11fnuz e5m2b15fn e5m2b1f e3m0b3f e2m0b1fn e1m0b0f e4m0b8fnuz e6m0b31fn
-        e7m0b30fn e0m1b1f e0m7b20f e0m3b1fnuz e0m5b-9fn e1m2b1 e1m6b1 e3m2b-60f e2m2b100f
-    """.split()
-]
+_SPELLINGS = """
+e3m4b3 e4m3b7 e4m3b11fnuz e5m2b15fn e5m2b1f e3m0b3f e2m0b1fn e1m0b0f e4m0b8fnuz e6m0b31fn
+e7m0b30fn e0m1b1f e0m7b20f e0m3b1fnuz e0m5b-9fn e1m2b1 e1m6b1 e3m2b-60f e2m2b100f
+"""
+SPELLED = [resolve(spelling) for spelling in _SPELLINGS.split()]
 FORMATS = NAMED + SPELLED
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -1,0 +1,187 @@
+"""Bad input: one clear error, the same in eager, under fake tensors and in compile; nothing is changed by it."""
+
+import pytest
+import torch
+from conftest import assert_same_bits
+from torch._subclasses import FakeTensorMode
+
+from altgrad.quantization import E5M2, decode, dequantize, encode, quantize
+
+ag = torch.ops.altgrad
+X, ONE = torch.randn(3, 4), torch.tensor(1.0)
+CODES = torch.zeros(3, 4, dtype=torch.uint8)
+BITS = torch.zeros(3, 4, dtype=torch.int32)
+
+# (call with tensors, its tensors, error, message)
+OPERATOR_ERRORS = {
+    "unknown format": (
+        lambda x, s: ag.quantize(x, s, "E9M9"),
+        (X, ONE),
+        ValueError,
+        r"unknown format 'E9M9': .*E5M2.*e<exp",
+    ),
+    "malformed": (lambda x, s: ag.encode(x, s, "e4m3b"), (X, ONE), ValueError, r"unknown format 'e4m3b'"),
+    "9 bits": (lambda x, s: ag.quantize(x, s, "e5m3b15"), (X, ONE), ValueError, r"1 \+ E \+ M <= 8"),
+    "specials": (lambda x, s: ag.quantize(x, s, "e5m0b15"), (X, ONE), ValueError, "IEEE specials need"),
+    "saturation": (
+        lambda x, s: ag.quantize(x, s, "E5M2", "sat"),
+        (X, ONE),
+        ValueError,
+        "saturation must be one of propagate, finite, none, got 'sat'",
+    ),
+    "rounding": (
+        lambda x, s: ag.encode(x, s, "E5M2", "none", "up"),
+        (X, ONE),
+        ValueError,
+        "rounding must be one of nearest_ties_to_even, .* got 'up'",
+    ),
+    "integer x": (
+        lambda x, s: ag.quantize(x, s, "E5M2"),
+        (X.int(), ONE),
+        TypeError,
+        r"x must have a dtype of float16, .*, got torch\.int32",
+    ),
+    "bool x": (lambda x, s: ag.dequantize(x, s), (X.bool(), ONE), TypeError, r"x must have a dtype .* got torch\.bool"),
+    "complex x": (
+        lambda x, s: ag.encode(x, s, "E5M2"),
+        (X.cfloat(), ONE),
+        TypeError,
+        r"x must have a dtype .* got torch\.complex64",
+    ),
+    "integer scale": (
+        lambda x, s: ag.quantize(x, s, "E5M2"),
+        (X, ONE.int()),
+        TypeError,
+        r"scale must have a dtype of .*, got torch\.int32",
+    ),
+    "codes": (
+        lambda c, s: ag.decode(c, s, "E5M2"),
+        (BITS, ONE),
+        TypeError,
+        r"codes must have dtype torch\.uint8, got torch\.int32",
+    ),
+    "decode dtype": (
+        lambda c, s: ag.decode(c, s, "E5M2", torch.int8),
+        (CODES, ONE),
+        TypeError,
+        r"dtype must be one of float16, .* got torch\.int8",
+    ),
+    "scale shape": (
+        lambda x, s: ag.quantize(x, s, "E5M2"),
+        (X, torch.ones(3)),
+        ValueError,
+        r"scale must broadcast to x without enlarging it: got scale of shape \(3,\) for x of shape \(3, 4\)",
+    ),
+    "enlarging scale": (
+        lambda x, s: ag.quantize(x, s, "E5M2"),
+        (X[:, :1], torch.ones(3, 4)),
+        ValueError,
+        "without enlarging it",
+    ),
+    "scale of higher rank": (
+        lambda c, s: ag.decode(c, s, "E5M2"),
+        (CODES, torch.ones(1, 1, 1)),
+        ValueError,
+        "scale must broadcast to codes without",
+    ),
+    "1-d scale of 0-d x": (
+        lambda x, s: ag.dequantize(x, s),
+        (torch.tensor(1.0), torch.ones(1)),
+        ValueError,
+        "without enlarging it",
+    ),
+    "scale on meta": (
+        lambda x, s: ag.quantize(x, s, "E5M2"),
+        (X, ONE.to("meta")),
+        RuntimeError,
+        "scale must be on the device of x, cpu, or a 0-d CPU tensor; got a 0-d tensor on meta",
+    ),
+    "x on meta": (
+        lambda x, s: ag.quantize(x, s, "E5M2"),
+        (X.to("meta"), torch.ones(4)),
+        RuntimeError,
+        "got a 1-d tensor on cpu",
+    ),
+    "random dtype": (
+        lambda x, s, r: ag.quantize_stochastic(x, s, r, "E5M2"),
+        (X, ONE, BITS.long()),
+        TypeError,
+        r"random_bits must have a dtype of int32, uint8, got torch\.int64",
+    ),
+    "random shape": (
+        lambda x, s, r: ag.encode_stochastic(x, s, r, "E5M2"),
+        (X, ONE, BITS[:1]),
+        ValueError,
+        r"random_bits must have the shape of x, \(3, 4\), got \(1, 4\)",
+    ),
+    "random device": (
+        lambda x, s, r: ag.encode_stochastic(x, s, r, "E5M2"),
+        (X, ONE, BITS.to("meta")),
+        RuntimeError,
+        "random_bits must be on the device of x, cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATOR_ERRORS)
+def test_operator_errors(name):
+    call, tensors, error, message = OPERATOR_ERRORS[name]
+    before = [t if t.is_meta else t.clone() for t in tensors]
+    with pytest.raises(error, match=message):
+        call(*tensors)
+    with FakeTensorMode() as mode, pytest.raises(error, match=message):
+        call(*map(mode.from_tensor, tensors))
+    torch._dynamo.reset()
+    # Dynamo reports what a fake raises as its own RuntimeError that quotes it.
+    with pytest.raises(RuntimeError, match=message) as compiled:
+        torch.compile(call, fullgraph=True, backend="eager")(*tensors)
+    assert error.__name__ in str(compiled.value) or compiled.type is error
+    for tensor, copy in zip(tensors, before):
+        if not tensor.is_meta:
+            assert torch.equal(tensor, copy)
+
+
+def test_sparse_x():
+    with pytest.raises(TypeError, match=r"x must be a strided tensor, got layout torch\.sparse_coo"):
+        ag.quantize(X.to_sparse(), ONE, "E5M2")
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), 1e-46, 1e39])
+def test_numbers_that_are_no_scale(scale):
+    for call in (
+        lambda: quantize(X, E5M2, scale),
+        lambda: encode(X, E5M2, scale),
+        lambda: decode(CODES, E5M2, scale),
+        lambda: dequantize(X, scale),
+    ):
+        with pytest.raises(ValueError, match=r"scale must be positive and finite in torch\.float32, got "):
+            call()
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="scale must be positive and finite"):
+            torch.compile(call, fullgraph=True, backend="eager")()
+
+
+def test_numbers_are_checked_in_the_precision_of_x():
+    x = X.double() * 1e-60
+    assert_same_bits(quantize(x, E5M2, 1e-60), quantize(x, E5M2, torch.tensor(1e-60, dtype=torch.float64)))
+    with pytest.raises(ValueError, match="positive and finite"):
+        quantize(X, E5M2, 1e-60)
+
+
+@pytest.mark.parametrize("scale", ["1", None, True, [1.0], 1j])
+def test_things_that_are_no_scale(scale):
+    with pytest.raises(TypeError, match="scale must be a tensor or a number, got "):
+        quantize(X, E5M2, scale)
+
+
+@pytest.mark.parametrize("format", [None, 5, torch.float8_e5m2])
+def test_things_that_are_no_format(format):
+    with pytest.raises(TypeError, match="format must be an FP8Format or a string, got "):
+        quantize(X, format)
+
+
+def test_random_operands_need_stochastic_rounding():
+    with pytest.raises(ValueError, match="need rounding='stochastic', got rounding='nearest_ties_to_even'"):
+        quantize(X, E5M2, random_bits=BITS)
+    with pytest.raises(ValueError, match="need rounding='stochastic'"):
+        encode(X, E5M2, generator=torch.Generator())

@@ -1,0 +1,89 @@
+"""The output is laid out as torch.empty_like(x): eager, fake and compiled, also where opcheck cannot look."""
+
+import random
+
+import pytest
+import torch
+from conftest import assert_same_bits
+from torch._subclasses import FakeTensorMode
+
+ag = torch.ops.altgrad
+
+
+def random_layout(rng):
+    """A random view: permuted, sliced, expanded, overlapping, with sizes of one and zero, and a scale that fits it."""
+    shape = [rng.choice([1, 1, 2, 3, 4]) for _ in range(rng.randint(0, 5))]
+    strides = [rng.choice([0, 1, 1, 2, 3, 4, 8]) for _ in shape]
+    if rng.random() < 0.5:
+        x = torch.randn([rng.choice([0, 1, 2, 3, 3]) for _ in shape])
+        x = x.permute(rng.sample(range(x.ndim), x.ndim))
+        x = x[tuple(slice(None, None, rng.choice([1, 1, 2])) for _ in range(x.ndim))]
+    else:
+        x = torch.randn(256).as_strided(shape, strides, rng.randint(0, 4))
+    scale = torch.rand([rng.choice([1, n]) for n in x.shape][rng.randint(0, x.ndim) :]) + 0.5
+    if scale.ndim > 1 and rng.random() < 0.5:
+        scale = scale.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return x, scale
+
+
+def calls(x, scale):
+    codes = torch.empty_strided(x.shape, x.stride(), dtype=torch.uint8, device=x.device)
+    codes.as_strided((codes.untyped_storage().nbytes(),), (1,)).fill_(60)
+    bits = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
+    return [
+        (x, lambda: ag.quantize(x, scale, "E5M2")),
+        (x, lambda: ag.encode(x, scale, "E5M2")),
+        (codes, lambda: ag.decode(codes, scale, "E5M2")),
+        (x, lambda: ag.dequantize(x, scale)),
+        (x, lambda: ag.quantize_stochastic(x, scale, bits, "E5M2")),
+        (x, lambda: ag.encode_stochastic(x, scale, bits, "E5M2")),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_eager_and_fake(seed, device):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(30):
+        x, scale = (t.to(device) if t.is_contiguous() else t for t in random_layout(rng))
+        x, scale = (x, scale) if device == "cpu" else (to_device(x), to_device(scale))
+        for first, call in calls(x, scale):
+            want = torch.empty_like(first)
+            got = call()
+            assert (got.shape, got.stride()) == (want.shape, want.stride()), (x.shape, x.stride(), scale.shape)
+        dense = ag.quantize(x.contiguous(), scale, "E5M2")
+        assert_same_bits(ag.quantize(x, scale, "E5M2"), dense, x)
+        assert_same_bits(ag.encode(x, scale, "E5M2"), ag.encode(x.contiguous(), scale, "E5M2"), x)
+        with FakeTensorMode() as mode:
+            fake_x, fake_scale = mode.from_tensor(x), mode.from_tensor(scale)
+            for first, call in calls(fake_x, fake_scale):
+                assert call().stride() == torch.empty_like(first).stride()
+
+
+def to_device(tensor):
+    """A copy on the GPU with the same strides, overlaps included."""
+    storage = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return storage.cuda().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_compiled(seed):
+    torch._dynamo.reset()
+    x, scale = random_layout(random.Random(100 + seed))
+    f = lambda x, scale: (ag.quantize(x, scale, "E5M2"), ag.encode(x, scale, "E5M2"))  # noqa: E731
+    for got, want in zip(torch.compile(f, fullgraph=True, dynamic=False)(x, scale), f(x, scale)):
+        assert_same_bits(got, want, x)
+        for size, ours, theirs in zip(x.shape, got.stride(), want.stride()):
+            assert size == 1 or ours == theirs  # Inductor leaves the stride of a size of one open
+
+
+def test_where_arithmetic_alone_lays_out_otherwise():
+    """The case that opcheck passes and an opaque call under compile then fails on."""
+    x = torch.randn(64).as_strided((2, 1, 3, 1), (2, 2, 0, 4))
+    scale = torch.rand(1, 3, 1) + 0.5
+    want = torch.empty_like(x).stride()
+    assert (x / scale).stride() != want
+    assert ag.quantize(x, scale, "E5M2").stride() == want
+    with torch._functorch.config.patch(decompose_custom_triton_ops=False):  # the node stays opaque
+        compiled = torch.compile(lambda x, scale: ag.quantize(x, scale, "E5M2") + 1, fullgraph=True)
+        assert_same_bits(compiled(x, scale), ag.quantize(x, scale, "E5M2") + 1)

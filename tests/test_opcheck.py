@@ -1,0 +1,40 @@
+"""torch.library.opcheck, all its tests, for every operator over dtypes, layouts and gradients."""
+
+import pytest
+import torch
+from conftest import DTYPES
+
+ag = torch.ops.altgrad
+
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(2, 3, 4),
+    "transposed": lambda: torch.randn(2, 4, 3).transpose(1, 2),
+    "sliced": lambda: torch.randn(4, 6, 8)[::2, ::2, ::2],
+    "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "expanded": lambda: torch.randn(3, 1).expand(2, 3, 4),
+    "empty": lambda: torch.randn(2, 0, 4),
+    "0-d": lambda: torch.randn(()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(layout, dtype, requires_grad, device):
+    x = LAYOUTS[layout]().to(device, dtype)
+    x = x.detach().requires_grad_(requires_grad)
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    random = torch.zeros_like(x, dtype=torch.int32)
+    scalar = torch.tensor(0.5, device=device)
+    row = torch.rand(x.shape[-1:], device=device) + 0.1
+    column = torch.rand([*x.shape[-2:-1], 1][: x.ndim], device=device) + 0.1
+    for op, args in [
+        (ag.quantize, (x, row, "E4M3")),
+        (ag.quantize_stochastic, (x, column, random, "E7M0")),
+        (ag.encode, (x, column, "E5M2", "none", "to_odd")),
+        (ag.encode_stochastic, (x, scalar, random, "E0M7", "finite")),
+        (ag.decode, (codes, row, "E4M3", dtype)),
+        (ag.dequantize, (x, column)),
+        (ag.quantize, (x, scalar.requires_grad_(requires_grad), "E4M3FNUZ")),
+    ]:
+        torch.library.opcheck(op.default, args)
