@@ -49,12 +49,11 @@ class _Plan(ctypes.Structure):
         ("min_exponent", ctypes.c_int32),
         ("sign_code", ctypes.c_int32),
         ("max_code", ctypes.c_int32),
-        ("inf_code", ctypes.c_int32),
         ("nan_code", ctypes.c_int32),
+        ("has_inf", ctypes.c_int32),
         ("has_nan", ctypes.c_int32),
         ("has_negative_zero", ctypes.c_int32),
-        ("limit_code", ctypes.c_int32),
-        ("over_codes", ctypes.c_int32 * 2),
+        ("limit_codes", ctypes.c_int32 * 2),
         ("infinite_code", ctypes.c_int32),
     ]
 
@@ -118,13 +117,11 @@ def _plan(
     """The plan of a call as a pointer, made once for each combination of arguments."""
     f = resolve(format)
     nan_code = f.max_code if f.nan_code is None else f.nan_code
-    beyond = nan_code if f.inf_code is None else f.inf_code
-    sees_overflow = saturation == "none" and f.has_nan
-    over = beyond if sees_overflow else f.max_code
-    infinite = beyond if sees_overflow or (saturation == "propagate" and f.has_inf) else f.max_code
-    # Rounding a finite value inwards stops at max.
-    over_positive = f.max_code if rounding in ("toward_zero", "toward_negative") else over
-    over_negative = f.max_code if rounding in ("toward_zero", "toward_positive") else over
+    overflows = saturation == "none" and f.has_nan
+    keeps_infinity = overflows or (saturation == "propagate" and f.has_inf)
+    # One step beyond max is enough to see an overflow; rounding a finite value inwards stops at max.
+    limit_positive = f.max_code + (overflows and rounding not in ("toward_zero", "toward_negative"))
+    limit_negative = f.max_code + (overflows and rounding not in ("toward_zero", "toward_positive"))
     plan = _Plan(
         operation=operation,
         is_double=torch.float64 in (x_dtype, out_dtype),
@@ -136,13 +133,12 @@ def _plan(
         min_exponent=f.min_exponent,
         sign_code=f.sign_code,
         max_code=f.max_code,
-        inf_code=-1 if f.inf_code is None else f.inf_code,
         nan_code=nan_code,
+        has_inf=f.has_inf,
         has_nan=f.has_nan,
         has_negative_zero=f.has_negative_zero,
-        limit_code=f.max_code + sees_overflow,
-        over_codes=(over_positive, over_negative),
-        infinite_code=infinite,
+        limit_codes=(limit_positive, limit_negative),
+        infinite_code=f.max_code + keeps_infinity,
     )
     return ctypes.pointer(plan)
 

@@ -4,6 +4,10 @@
 #include <stddef.h>
 #include <string.h>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "plan.h"
 
 #if defined(__GNUC__)

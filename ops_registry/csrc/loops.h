@@ -8,6 +8,10 @@ static const FLOAT *NAME(convert)(const void *raw, enum dtype dtype, int64_t n, 
     if (dtype == (sizeof(FLOAT) == 4 ? FLOAT32 : FLOAT64)) {
         return raw;
     }
+    if (dtype == FLOAT16 && sizeof(FLOAT) == 4) {
+        floats_from_float16(halves, (float *)buffer, n);
+        return buffer;
+    }
     for (int64_t i = 0; dtype == FLOAT16 && i < n; i++) {
         buffer[i] = (FLOAT)from_float16(halves[i]);
     }
@@ -40,8 +44,7 @@ static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale,
 #define LOOP(R)                                                                                                        \
     case R:                                                                                                            \
         for (int64_t i = 0; i < n; i++) {                                                                              \
-            UINT r = NAME(project)(x[i] / scale[i], R == STOCHASTIC ? random[i] : 0, R, &f);                           \
-            out[i] = NAME(number)(r) * scale[i];                                                                       \
+            out[i] = NAME(project)(x[i] / scale[i], R == STOCHASTIC ? random[i] : 0, R, &f) * scale[i];                \
         }                                                                                                              \
         break;
     FOR_EACH_ROUNDING(LOOP)
@@ -65,7 +68,7 @@ static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict sc
                          const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
     for (int64_t i = 0; i < n; i++) {
-        out[i] = NAME(number)(NAME(unpack)(codes[i], &f)) * scale[i];
+        out[i] = NAME(unpack)(codes[i], &f) * scale[i];
     }
 }
 
@@ -110,8 +113,8 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
                 out[i] = x[i] * scale[i];
             }
         }
-        for (int64_t i = 0; p->out_dtype == FLOAT16 && i < n; i++) {
-            ((uint16_t *)to)[i] = to_float16((float)out[i]);
+        if (p->out_dtype == FLOAT16) {
+            float16_from_floats((const float *)out, (uint16_t *)to, n);
         }
         for (int64_t i = 0; p->out_dtype == BFLOAT16 && i < n; i++) {
             ((uint16_t *)to)[i] = to_bfloat16((float)out[i]);

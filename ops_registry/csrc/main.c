@@ -28,6 +28,9 @@ static parallel_function parallel;
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
  * of the set, NULL where the one asked for is not in this library or not in this machine. */
 EXPORT const char *altgrad_select(const char *target, parallel_function parallel_for) {
+#ifdef ALTGRAD_X86
+    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#endif
     const struct {
         const char *name;
         range_function range;
@@ -35,9 +38,9 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
     } targets[] = {
 #ifdef ALTGRAD_X86
         {"avx512", altgrad_range_avx512,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, __builtin_cpu_supports("avx2")},
+        {"avx2", altgrad_range_avx2, has_avx2},
 #endif
         {"baseline", altgrad_range_baseline, 1},
     };

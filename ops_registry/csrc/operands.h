@@ -5,7 +5,7 @@
     {.mantissa_bits = 10,                                                                                              \
      .min_step = (127 - 14) << 23,                                                                                     \
      .magic_offset = (13u << 23) - ((uint32_t)(127 - 14) << 10),                                                       \
-     .limit = (127 + 16) << 23}
+     .limits = {(127 + 16) << 23}}
 #define FLOAT16_INFINITY 0x7c00u
 #define FLOAT32_INFINITY 0x7f800000u
 
@@ -20,7 +20,7 @@ INLINE float from_float16(uint16_t code) {
 INLINE uint16_t to_float16(float number) {
     const struct format32 f = FLOAT16_FORMAT;
     uint32_t bits = bits32(number), a = bits & 0x7fffffffu, magic;
-    uint32_t code = round32(min32(a, f.limit), 0, 0, NEAREST_TIES_TO_EVEN, &f, &magic) & 0x7fffffu;
+    uint32_t code = round32(limit32(bits, NEAREST_TIES_TO_EVEN, &f), 0, 0, NEAREST_TIES_TO_EVEN, &f, &magic) & 0x7fffffu;
     return (uint16_t)((a > FLOAT32_INFINITY ? FLOAT16_INFINITY | 1 : code) | (bits >> 16 & 0x8000u));
 }
 
@@ -28,6 +28,32 @@ INLINE uint16_t to_bfloat16(float number) {
     uint32_t bits = bits32(number);
     uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
     return (uint16_t)((bits & 0x7fffffffu) > FLOAT32_INFINITY ? 0x7fc0u : nearest);
+}
+
+/* F16C has both conversions as instructions, which compilers do not find in the loops over the functions above. */
+static void floats_from_float16(const uint16_t *restrict codes, float *restrict numbers, int64_t n) {
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(codes + i))));
+    }
+#endif
+    for (; i < n; i++) {
+        numbers[i] = from_float16(codes[i]);
+    }
+}
+
+static void float16_from_floats(const float *restrict numbers, uint16_t *restrict codes, int64_t n) {
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8) {
+        __m128i nearest = _mm256_cvtps_ph(_mm256_loadu_ps(numbers + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128((__m128i *)(codes + i), nearest);
+    }
+#endif
+    for (; i < n; i++) {
+        codes[i] = to_float16(numbers[i]);
+    }
 }
 
 INLINE int64_t size_of(enum dtype dtype) {

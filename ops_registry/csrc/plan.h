@@ -25,11 +25,10 @@ struct plan {
     int32_t dtypes[OPERANDS], out_dtype;
     int32_t rounding, random_bits; /* of each random number, the low ones count */
     int32_t mantissa_bits, min_exponent;
-    int32_t sign_code, max_code, inf_code, nan_code; /* inf_code is -1 where there is none; nan_code is what NaN packs to */
-    int32_t has_nan, has_negative_zero;
-    int32_t limit_code;    /* magnitudes are cut to this one before rounding: max, or one beyond to see the overflow */
-    int32_t over_codes[2]; /* what a finite value beyond max becomes, by its sign */
-    int32_t infinite_code; /* what infinity becomes */
+    int32_t sign_code, max_code, nan_code; /* nan_code is what NaN packs to */
+    int32_t has_inf, has_nan, has_negative_zero;
+    int32_t limit_codes[2]; /* magnitudes are cut to it before rounding, by the sign: max, or the one that would follow */
+    int32_t infinite_code;  /* what infinity becomes; overflow too where it is not max */
 };
 
 /* A plan with its tensors. out is dense, and position i is its i-th element in memory. */

@@ -5,17 +5,19 @@
  * compare as the numbers do, and nothing branches, so that loops over these functions vectorize.
  */
 
-#define SIGN ((UINT)1 << (8 * sizeof(UINT) - 1))
+#define SIGN ((UINT)1 << SIGN_SHIFT)
 #define INFINITE ((UINT)(2 * EXPONENT_BIAS + 1) << FRACTION_BITS)
-#define ONE_EXPONENT ((UINT)1 << FRACTION_BITS)
+#define SIGN_SHIFT (8 * sizeof(UINT) - 1)
+#define FRACTION_MASK (((UINT)1 << FRACTION_BITS) - 1)
 
-/* A plan in the compute type; magnitudes are bits. */
+/* A plan in the compute type; limits and values are bits of magnitudes. */
 struct NAME(format) {
     UINT mantissa_bits, min_step, magic_offset;
-    UINT limit, max_value, over_values[2], infinite_value, sign_of_zero;
-    UINT max_code, over_codes[2], infinite_code, nan_code, sign_code, first_signed, signed_codes;
-    UINT inf_code, has_nan;
-    FLOAT random_range;
+    UINT limits[2], max_value, over_value;               /* limits: by the sign */
+    UINT special_from, special_or;                       /* magnitudes from special_from on become special_or | they */
+    UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
+    UINT max_code, infinite_code, nan_code, sign_code, first_signed, signed_codes;
+    FLOAT minus_zero, random_range;
 };
 
 INLINE FLOAT NAME(number)(UINT bits) {
@@ -48,11 +50,17 @@ INLINE UINT NAME(magic)(UINT step, const struct NAME(format) * f) {
 /* The magnitude that a sum of magic and quanta stands for. */
 INLINE UINT NAME(magnitude)(UINT sum, UINT magic) { return NAME(bits)(NAME(number)(sum) - NAME(number)(magic)); }
 
-/* The value of a code without sign, read as a number whatever the specials. */
+/* The bits of the value of a code without sign, read as a number whatever the specials. */
 INLINE UINT NAME(value)(UINT code, const struct NAME(format) * f) {
     UINT exponent = NAME(max)(code >> f->mantissa_bits, 1) - 1;
     UINT magic = NAME(magic)(f->min_step + (exponent << FRACTION_BITS), f);
     return NAME(magnitude)((magic & INFINITE) | code, magic);
+}
+
+/* The magnitude to round: beyond max nothing is told apart, and the arithmetic of rounding stays finite. */
+INLINE UINT NAME(limit)(UINT bits, enum rounding rounding, const struct NAME(format) * f) {
+    int is_directed = rounding == TOWARD_ZERO || rounding == TOWARD_POSITIVE || rounding == TOWARD_NEGATIVE;
+    return NAME(min)(bits & ~SIGN, is_directed && bits & SIGN ? f->limits[1] : f->limits[0]);
 }
 
 /* Rounds a <= limit. Returns magic + the rounded value, whose fraction is the code; *magic is set. */
@@ -86,67 +94,67 @@ INLINE UINT NAME(round)(UINT a, UINT is_negative, UINT random, enum rounding rou
     }
 }
 
-/* The projection of q = x / scale, as bits with the sign. */
-INLINE UINT NAME(project)(FLOAT q, UINT random, enum rounding rounding, const struct NAME(format) * f) {
-    UINT a = NAME(bits)(q) & ~SIGN, sign = NAME(bits)(q) & SIGN, magic;
-    UINT sum = NAME(round)(NAME(min)(a, f->limit), sign != 0, random, rounding, f, &magic);
+/* The projection of q = x / scale. */
+INLINE FLOAT NAME(project)(FLOAT q, UINT random, enum rounding rounding, const struct NAME(format) * f) {
+    UINT bits = NAME(bits)(q), a = bits & ~SIGN, magic;
+    UINT sum = NAME(round)(NAME(limit)(bits, rounding, f), bits >> SIGN_SHIFT, random, rounding, f, &magic);
     UINT r = NAME(magnitude)(sum, magic);
-    r = r > f->max_value ? (sign ? f->over_values[1] : f->over_values[0]) : r;
-    r = a == INFINITE ? f->infinite_value : r;
-    r = a > INFINITE ? a : r;
-    return r | (sign & (r ? SIGN : f->sign_of_zero));
+    r = r > f->max_value ? f->over_value : r;
+    r = a >= f->special_from ? a | f->special_or : r;
+    return NAME(number)(r | (bits & SIGN)) + f->minus_zero; /* adding -0 changes nothing, adding +0 turns -0 into +0 */
 }
 
-/* The code of the projection of q. */
+/* The code of the projection of q. What follows max in the order of codes is what overflow becomes: inf or NaN. */
 INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struct NAME(format) * f) {
-    UINT a = NAME(bits)(q) & ~SIGN, sign = NAME(bits)(q) & SIGN, magic;
-    UINT sum = NAME(round)(NAME(min)(a, f->limit), sign != 0, random, rounding, f, &magic);
-    UINT code = sum & (ONE_EXPONENT - 1);
-    code = code > f->max_code ? (sign ? f->over_codes[1] : f->over_codes[0]) : code;
+    UINT bits = NAME(bits)(q), a = bits & ~SIGN, magic;
+    UINT sum = NAME(round)(NAME(limit)(bits, rounding, f), bits >> SIGN_SHIFT, random, rounding, f, &magic);
+    UINT code = sum & FRACTION_MASK;
     code = a == INFINITE ? f->infinite_code : code;
     UINT is_signed = code - f->first_signed < f->signed_codes; /* zero may have no sign, NaN never has */
-    code |= sign && is_signed ? f->sign_code : 0;
+    code |= is_signed ? (bits >> SIGN_SHIFT) * f->sign_code : 0;
     return a > INFINITE ? f->nan_code : code;
 }
 
-/* The value of a code as bits with the sign. */
-INLINE UINT NAME(unpack)(UINT code, const struct NAME(format) * f) {
-    UINT magnitude = code & (f->sign_code - 1), is_negative = code & f->sign_code;
-    UINT r = NAME(value)(magnitude, f);
-    r = f->has_nan && magnitude > f->max_code ? INFINITE | 1 : r;
-    r = magnitude == f->inf_code ? INFINITE : r;
-    r = !f->sign_of_zero && is_negative && !magnitude ? INFINITE | 1 : r;
-    return r | (is_negative ? SIGN : 0);
+/* The value of a code. */
+INLINE FLOAT NAME(unpack)(UINT code, const struct NAME(format) * f) {
+    UINT r = NAME(value)(code & (f->sign_code - 1), f);
+    UINT nan = (code & f->nan_mask) - f->nan_first;
+    r = nan < f->nan_count ? f->nan_value + nan : r;
+    return NAME(number)(r | (code & f->sign_code ? SIGN : 0));
 }
 
 static struct NAME(format) NAME(prepare)(const struct plan *p) {
     UINT min_step = (UINT)(p->min_exponent + EXPONENT_BIAS) << FRACTION_BITS;
+    UINT nan_first = p->max_code + 1, sign_code = p->sign_code;
+    int saturates = p->infinite_code == p->max_code;
     struct NAME(format) f = {
         .mantissa_bits = p->mantissa_bits,
         .min_step = min_step,
         .magic_offset = ((UINT)(FRACTION_BITS - p->mantissa_bits) << FRACTION_BITS) -
                         (min_step >> (FRACTION_BITS - p->mantissa_bits)),
-        .sign_of_zero = p->has_negative_zero ? SIGN : 0,
+        .over_value = INFINITE + !p->has_inf,
+        .special_from = INFINITE + saturates,
+        .special_or = !saturates && !p->has_inf,
+        .nan_first = nan_first,
+        .nan_count = p->has_nan ? NAME(max)(sign_code - nan_first, 1) : 0,
+        .nan_mask = p->has_negative_zero ? sign_code - 1 : 2 * sign_code - 1,
+        .nan_value = INFINITE + !p->has_inf,
         .max_code = p->max_code,
-        .over_codes = {p->over_codes[0], p->over_codes[1]},
         .infinite_code = p->infinite_code,
         .nan_code = p->nan_code,
-        .sign_code = p->sign_code,
+        .sign_code = sign_code,
         .first_signed = !p->has_negative_zero,
-        .signed_codes = p->max_code + (p->inf_code >= 0) + p->has_negative_zero,
-        .inf_code = p->inf_code,
-        .has_nan = p->has_nan,
+        .signed_codes = p->max_code + p->has_inf + p->has_negative_zero,
+        .minus_zero = p->has_negative_zero ? (FLOAT)-0.0 : (FLOAT)0.0,
         .random_range = (FLOAT)((int64_t)1 << p->random_bits),
     };
-    f.limit = NAME(value)(p->limit_code, &f);
     f.max_value = NAME(value)(p->max_code, &f);
-    f.infinite_value = NAME(unpack)(p->infinite_code, &f);
-    for (int i = 0; i < 2; i++) {
-        f.over_values[i] = NAME(unpack)(p->over_codes[i], &f);
-    }
+    f.limits[0] = NAME(value)(p->limit_codes[0], &f);
+    f.limits[1] = NAME(value)(p->limit_codes[1], &f);
     return f;
 }
 
 #undef SIGN
 #undef INFINITE
-#undef ONE_EXPONENT
+#undef SIGN_SHIFT
+#undef FRACTION_MASK
