@@ -7,10 +7,11 @@ for every format. Runtimes with hardware for a type look for nodes of that type 
 from typing import Any
 
 import torch
-from onnxscript import ir
-from onnxscript import opset19 as op
+from onnxscript import ir, opset19
 
 from ops_registry.formats import resolve
+
+op: Any = opset19  # its annotations are for the bodies of ONNX functions
 
 ONNX_TYPES = {
     "e4m3b7fn": ir.DataType.FLOAT8E4M3FN,

@@ -44,7 +44,7 @@ def _rule(name: str) -> Callable[..., Any]:
         splits |= {Shard(p.dim + lead): None for p in scale.placements if p.is_shard()}
         for split in splits:
             if split.dim < lead or scale.shape[split.dim - lead] == 1:
-                of_scale = Replicate()
+                of_scale: Any = Replicate()
             elif split.is_shard():
                 of_scale = Shard(split.dim - lead)
             elif lead == 0:

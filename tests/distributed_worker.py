@@ -1,0 +1,336 @@
+"""The processes behind test_distributed.py: every case in one set of them, ``distributed_worker.py SIZE DEVICE``.
+
+A case is a function of the world size. Each rank writes ``{case: traceback or None}`` to the file RESULTS names.
+"""
+
+import functools
+import itertools
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import assert_same_bits
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+
+from altgrad.quantization import dequantize, quantize
+
+DEVICE = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+PLACEMENTS = [Replicate(), Shard(0), Shard(1)]
+ag = torch.ops.altgrad
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def meshes(size):
+    shapes = [(size,)] if size < 4 else [(size,), (2, size // 2)]
+    return [init_device_mesh(DEVICE, shape) for shape in shapes]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def random_bits(shape):
+    return torch.randint(1 << 24, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.int32)
+
+
+OPERATORS = {
+    "quantize": lambda x, scale, bits: ag.quantize(x, scale, "E3M4"),
+    "quantize_stochastic": lambda x, scale, bits: ag.quantize_stochastic(x, scale, bits, "E5M2"),
+    "encode": lambda x, scale, bits: ag.encode(x, scale, "E4M3"),
+    "encode_stochastic": lambda x, scale, bits: ag.encode_stochastic(x, scale, bits, "E3M4"),
+    "decode": lambda x, scale, bits: ag.decode(bits.to(torch.uint8), scale, "E4M3"),
+    "decode_float16": lambda x, scale, bits: ag.decode(bits.to(torch.uint8), scale, "E4M3", torch.float16),
+    "dequantize": lambda x, scale, bits: ag.dequantize(x, scale),
+}
+
+
+def like(placements, x, scale):
+    """Where the parts of a scale lie that parts of x need."""
+    lead = x.ndim - scale.ndim
+    splits = [isinstance(p, Shard) and p.dim >= lead and scale.shape[p.dim - lead] > 1 for p in placements]
+    return [Shard(p.dim - lead) if split else Replicate() for p, split in zip(placements, splits, strict=True)]
+
+
+def check_operator(operator, mesh, placements, x, scale, scale_is_sharded):
+    """Values, gradients and placements; no collective."""
+    grad, bits = randn(*x.shape, seed=2), random_bits(x.shape)
+    plain = x.clone().requires_grad_()
+    want = operator(plain, scale, bits)
+    of_scale = like(placements, x, scale) if scale_is_sharded else [Replicate()] * mesh.ndim
+    split, split_bits, split_grad = (distribute_tensor(t, mesh, placements) for t in (x, bits, grad))
+    split.requires_grad_()
+    split_scale = distribute_tensor(scale, mesh, of_scale)
+    with CommDebugMode() as communication:
+        got = operator(split, split_scale, split_bits)
+        if want.requires_grad:
+            got.backward(split_grad)
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    assert got.placements == tuple(placements)
+    assert_same_bits(got.full_tensor(), want)
+    if want.requires_grad:
+        want.backward(grad)
+        assert split.grad.placements == tuple(placements)
+        assert_same_bits(split.grad.full_tensor(), plain.grad)
+
+
+@case
+def values_and_gradients(size):
+    x = randn(7, 10)  # uneven over 2 and over 4
+    scales = [(), (10,), (7, 1), (7, 10)]
+    for mesh in meshes(size):
+        for placements in itertools.product(PLACEMENTS, repeat=mesh.ndim):
+            for i, operator in enumerate(OPERATORS.values()):
+                for j, shape in enumerate(scales):
+                    if mesh.ndim > 1 and i % len(scales) != j and shape:
+                        continue  # every operator with a scalar and one more scale
+                    check_operator(operator, mesh, placements, x, randn(*shape).abs() + 0.5, (i + j) % 2 == 1)
+
+
+@case
+def plain_scalar_scale(size):
+    for mesh in meshes(size):
+        x = randn(8, 8)
+        got = ag.quantize(distribute_tensor(x, mesh, [Shard(0)] * mesh.ndim), torch.tensor(0.37, device=DEVICE), "E3M4")
+        assert_same_bits(got.full_tensor(), quantize(x, "E3M4", 0.37))
+
+
+@case
+def partial_is_reduced_first(size):
+    parts, scale = randn(size, 7, 10).round(), torch.tensor(0.37, device=DEVICE)
+    total = functools.reduce(torch.add, parts)  # not parts.sum(0), which is never -0
+    bits = random_bits((7, 10))
+    for mesh in meshes(size):
+        x = DTensor.from_local(parts[dist.get_rank()], mesh, [Partial()] * mesh.ndim)
+        for name in ("quantize", "encode", "dequantize", "quantize_stochastic"):
+            got = OPERATORS[name](x, scale, distribute_tensor(bits, mesh, [Replicate()] * mesh.ndim))
+            assert got.placements == (Replicate(),) * mesh.ndim
+            assert_same_bits(got.full_tensor(), OPERATORS[name](total, scale, bits))
+
+
+@case
+def replicated_x_takes_the_split_of_its_scale(size):
+    mesh, x, scale = meshes(size)[0], randn(8, 8), randn(8, 1).abs() + 0.5
+    replicated, split = distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(scale, mesh, [Shard(0)])
+    with CommDebugMode() as communication:
+        got = ag.quantize(replicated, split, "E3M4")
+    assert (communication.get_total_counts(), got.placements) == (0, (Shard(0),))
+    assert_same_bits(got.full_tensor(), quantize(x, "E3M4", scale))
+
+
+@case
+def dimension_shorter_than_the_mesh(size):
+    mesh, x = meshes(size)[0], randn(size - 1, 3)
+    got = quantize(distribute_tensor(x, mesh, [Shard(0)]), "E3M4", torch.tensor(0.37, device=DEVICE))
+    assert_same_bits(got.full_tensor(), quantize(x, "E3M4", 0.37))
+
+
+@case
+def compiled(size):
+    mesh, x, scale, bits = meshes(size)[-1], randn(8, 12), torch.tensor(0.37, device=DEVICE), random_bits((8, 12))
+
+    def function(x, scale, bits):
+        y = ag.dequantize(ag.quantize(x, scale, "E3M4"), scale)
+        return y, ag.quantize_stochastic(y, scale, bits, "E5M2"), ag.decode(ag.encode(y, scale, "E4M3"), scale, "E4M3")
+
+    plain = x.clone().requires_grad_()
+    want = function(plain, scale, bits)
+    (want[0] + want[1]).sum().backward()
+    placements = [Shard(0)] * mesh.ndim
+    split = distribute_tensor(x, mesh, placements).requires_grad_()
+    replicated = distribute_tensor(scale, mesh, [Replicate()] * mesh.ndim)
+    compiled = torch.compile(function, **compile_options(size))
+    outputs = compiled(split, replicated, distribute_tensor(bits, mesh, placements))
+    (outputs[0] + outputs[1]).sum().backward()
+    for got, expected in zip(outputs, want, strict=True):
+        assert got.placements == tuple(placements)
+        assert_same_bits(got.full_tensor(), expected)
+    assert_same_bits(split.grad.full_tensor(), plain.grad)
+
+
+class QuantizedGradient(torch.autograd.Function):
+    """The identity, with a gradient on the grid of E2M3."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return quantize(grad, "E2M3", 2.0**-6)
+
+
+class QuantizedLinear(nn.Linear):
+    """All three products have operands on 6-bit grids with scales that are powers of two.
+
+    A product of two is an integer below 2^12 times a constant, so sums of up to 2^12 of them are exact in float32 in
+    any order: sharding a product, or reducing its parts, cannot change a bit.
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        y = F.linear(quantize(x, "E2M3", 0.5), quantize(self.weight, "E2M3", 2.0**-5))
+        return QuantizedGradient.apply(y)
+
+
+class Block(nn.Module):
+    """A transformer block; normalization has no weights, because their gradients are sums of arbitrary floats."""
+
+    def __init__(self, width=32, heads=4):
+        super().__init__()
+        self.head_width = width // heads
+        self.query, self.key, self.value, self.out = (QuantizedLinear(width, width) for _ in range(4))
+        self.up, self.down = QuantizedLinear(width, 2 * width), QuantizedLinear(2 * width, width)
+
+    def attend(self, q, k, v):
+        def heads(t):
+            return quantize(t, "E2M3", 0.5).unflatten(-1, (-1, self.head_width)).transpose(-2, -3)
+
+        weights = (heads(q) @ heads(k).transpose(-1, -2) * 0.25).softmax(-1)
+        return (quantize(weights, "E2M3", 2.0**-3) @ heads(v)).transpose(-2, -3).flatten(-2)
+
+    def forward(self, x):
+        h = F.layer_norm(x, x.shape[-1:])
+        x = x + self.out(self.attend(self.query(h), self.key(h), self.value(h)))
+        return x + self.down(F.relu(self.up(F.layer_norm(x, x.shape[-1:]))))
+
+
+def model(blocks=2):
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(blocks))).to(DEVICE)
+
+
+def compile_options(size):
+    """Inductor takes a minute of every process on a small machine, so only two of them run it."""
+    return {"backend": "inductor" if size == 2 else "aot_eager", "fullgraph": True}
+
+
+def train(model, x, target, lr, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - target).square().sum().mul(2.0**-4).backward()
+        optimizer.step()
+
+
+def full(parameter):
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def assert_same_parameters(got, want, start):
+    for (name, g), w, s in zip(got.named_parameters(), want.parameters(), start.parameters(), strict=True):
+        assert not torch.equal(w, s), f"{name} was not trained"
+        assert_same_bits(full(g), w)
+
+
+def fsdp_steps(size, compiles):
+    x, target = randn(8, 6, 32), randn(8, 6, 32, seed=3)
+    start, single, sharded = (model(1 if compiles else 2) for _ in range(3))
+    mesh = meshes(size)[0]
+    for block in sharded:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    if compiles:
+        for block in (*single, *sharded):
+            block.compile(**compile_options(size))
+    part = slice(dist.get_rank() * 8 // size, (dist.get_rank() + 1) * 8 // size)
+    train(single, x, target, lr=2.0**-6)
+    train(sharded, x[part], target[part], lr=2.0**-6 * size)  # FSDP divides gradients by the world size
+    assert_same_parameters(sharded, single, start)
+
+
+@case
+def fsdp2(size):
+    fsdp_steps(size, compiles=False)
+
+
+@case
+def fsdp2_compiled(size):
+    fsdp_steps(size, compiles=True)
+
+
+def tensor_parallel(model, mesh):
+    plan = {name: ColwiseParallel() for name in ("query", "key", "value", "up")}
+    for block in model:
+        parallelize_module(block, mesh, plan | {name: RowwiseParallel() for name in ("out", "down")})
+
+
+def tensor_parallel_steps(size, compiles):
+    x, target = randn(4, 6, 32), randn(4, 6, 32, seed=3)
+    start, single, split = (model(1 if compiles else 2) for _ in range(3))
+    tensor_parallel(split, meshes(size)[0])
+    if compiles:
+        for block in (*single, *split):
+            block.compile(**compile_options(size))
+    for each in (single, split):
+        train(each, x, target, lr=2.0**-6)
+    assert_same_parameters(split, single, start)
+
+
+@case
+def tensor_parallel_block(size):
+    tensor_parallel_steps(size, compiles=False)
+
+
+@case
+def tensor_parallel_compiled(size):
+    tensor_parallel_steps(size, compiles=True)
+
+
+@case
+def fsdp2_of_tensor_parallel(size):
+    if size < 4:
+        return
+    mesh = init_device_mesh(DEVICE, (2, size // 2), mesh_dim_names=("data", "tensor"))
+    x, target = randn(8, 6, 32), randn(8, 6, 32, seed=3)
+    start, single, split = (model() for _ in range(3))
+    tensor_parallel(split, mesh["tensor"])
+    for block in split:
+        fully_shard(block, mesh=mesh["data"])
+    part = slice(mesh.get_local_rank("data") * 4, (mesh.get_local_rank("data") + 1) * 4)
+    train(single, x, target, lr=2.0**-6)
+    train(split, x[part], target[part], lr=2.0**-5)
+    assert_same_parameters(split, single, start)
+    weight = split[0].up.weight  # strided shards on the first dimension of the mesh
+    with CommDebugMode() as communication:
+        codes = ag.encode(weight, torch.tensor(0.5, device=DEVICE), "E2M3")
+    assert (communication.get_total_counts(), codes.placements) == (0, weight.placements)
+    assert_same_bits(dequantize(full(codes).float(), 1.0), ag.encode(full(weight), torch.tensor(0.5), "E2M3").float())
+
+
+def main():
+    torch.set_num_threads(1)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["RANK"]))
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name, function in CASES.items():
+        try:
+            function(dist.get_world_size())
+            results[name] = None
+        except BaseException:
+            results[name] = traceback.format_exc()[-4000:]
+        torch._dynamo.reset()
+    Path(f"{os.environ['RESULTS']}.{dist.get_rank()}").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
