@@ -31,15 +31,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def divide(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale in the compute dtype, correctly rounded."""
+def divide(x: Tensor, scale: Tensor, rounding: str | None = None) -> Tensor:
+    """x / scale in the compute dtype, correctly rounded, or as good as that for the rounding to come."""
     dtype = compute_dtype(x.dtype)
     if x.is_cuda and dtype == torch.float32:
-        # Inductor's `/` on CUDA is not IEEE. The product with a float64 reciprocal is off by at most 2^-52, and the
-        # quotient of two 24-bit numbers stays 2^-49 away from every midpoint of normal float32 numbers, so rounding
-        # to float32 gives the IEEE quotient. (Subnormal quotients may be off by one ulp; they are all below half the
-        # quantum of any format and round to zero.)
-        return (x.double() * scale.double().reciprocal()).float()
+        # Inductor's float32 `/` on CUDA is not IEEE, its float64 `/` is. The quotient of two 24-bit numbers is a
+        # midpoint of float32 numbers, normal or not, or 2^-49 away from it, so a float64 quotient rounds to float32 as
+        # the exact one does. The cheaper product with a reciprocal is off by at most 2^-52: enough but for quotients
+        # that are midpoints. Those are below 2^-126, at most half the quantum of any format: ties to even give zero.
+        if rounding == "nearest_ties_to_even":
+            return (x.double() * scale.double().reciprocal()).float()
+        return (x.double() / scale.double()).float()
     return x.to(dtype) / scale.to(dtype)
 
 
@@ -204,7 +206,7 @@ def quantize(
     multiply: Callable[..., Tensor] = multiply,
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding)
-    q = divide(x, scale)
+    q = divide(x, scale, rounding)
     return multiply(project(q, f, saturation, rounding, None), q, x, scale, f)
 
 
@@ -217,7 +219,7 @@ def quantize_stochastic(
     multiply: Callable[..., Tensor] = multiply,
 ) -> Tensor:
     f = check_stochastic(x, scale, random_bits, format, saturation)
-    q = divide(x, scale)
+    q = divide(x, scale, "stochastic")
     return multiply(project(q, f, saturation, "stochastic", random_bits), q, x, scale, f)
 
 
@@ -225,7 +227,7 @@ def encode(
     x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding)
-    q = divide(x, scale)
+    q = divide(x, scale, rounding)
     return pack(project(q, f, saturation, rounding, None), has_sign_bit(q), f)
 
 
@@ -233,8 +235,18 @@ def encode_stochastic(
     x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
 ) -> Tensor:
     f = check_stochastic(x, scale, random_bits, format, saturation)
-    q = divide(x, scale)
+    q = divide(x, scale, "stochastic")
     return pack(project(q, f, saturation, "stochastic", random_bits), has_sign_bit(q), f)
+
+
+def quantize_gradient(x: Tensor, *args: Any) -> Tensor:
+    check_quantize(x, *args)
+    return x
+
+
+def quantize_gradient_stochastic(x: Tensor, *args: Any) -> Tensor:
+    check_stochastic(x, *args)
+    return x
 
 
 def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -255,6 +267,8 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "quantize_stochastic": quantize_stochastic,
     "encode": encode,
     "encode_stochastic": encode_stochastic,
+    "quantize_gradient": quantize_gradient,
+    "quantize_gradient_stochastic": quantize_gradient_stochastic,
     "decode": decode,
     "dequantize": dequantize,
 }

@@ -34,37 +34,52 @@ class Rule(NamedTuple):
 
     backward: Callable[[Any, Tensor], Tensor | None]
     jvp: Callable[[Any, Tensor], Tensor | None]
-    saves_scale: bool
+    saves: int = 0  # how many of the tensors behind the first one
+
+
+def _alias(ctx: Any, grad: Tensor) -> Tensor:
+    return grad  # the incoming gradient itself: no copy, no kernel
+
+
+def _view(ctx: Any, tangent: Tensor) -> Tensor:
+    return tangent.view_as(tangent)  # forward AD refuses the input's own tangent
+
+
+def _none(ctx: Any, grad: Tensor) -> None:
+    return None
 
 
 def _rescale(ctx: Any, grad: Tensor) -> Tensor:
-    (scale,) = ctx.saved_tensors
-    return torch.ops.altgrad.dequantize(grad, scale)
+    return torch.ops.altgrad.dequantize(grad, *ctx.saved_tensors)
 
 
-STRAIGHT_THROUGH = Rule(
-    backward=lambda ctx, grad: grad,  # the incoming gradient itself: no copy, no kernel
-    jvp=lambda ctx, tangent: tangent.view_as(tangent),  # forward AD refuses the input's own tangent
-    saves_scale=False,
-)
-RESCALE = Rule(backward=_rescale, jvp=_rescale, saves_scale=True)
-NO_GRADIENT = Rule(backward=lambda ctx, grad: None, jvp=lambda ctx, tangent: None, saves_scale=False)
+def _quantize(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.altgrad.quantize(grad, *ctx.saved_tensors, *ctx.options)
+
+
+def _quantize_stochastic(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.altgrad.quantize_stochastic(grad, *ctx.saved_tensors, *ctx.options)
+
 
 RULES = {
-    "quantize": STRAIGHT_THROUGH,
-    "quantize_stochastic": STRAIGHT_THROUGH,
-    "dequantize": RESCALE,
-    "encode": NO_GRADIENT,
-    "encode_stochastic": NO_GRADIENT,
-    "decode": NO_GRADIENT,
+    "quantize": Rule(_alias, _view),
+    "quantize_stochastic": Rule(_alias, _view),
+    "quantize_gradient": Rule(_quantize, _view, saves=1),
+    "quantize_gradient_stochastic": Rule(_quantize_stochastic, _view, saves=2),
+    "dequantize": Rule(_rescale, _rescale, saves=1),
+    "encode": Rule(_none, _none),
+    "encode_stochastic": Rule(_none, _none),
+    "decode": Rule(_none, _none),
 }
 _NO_GRADIENTS = (None,) * 5  # for the arguments behind the first; autograd ignores the ones too many
 
 
 def _save(rule: Rule, ctx: Any, inputs: tuple[Any, ...]) -> None:
-    if rule.saves_scale:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
+    if rule.saves:
+        tensors = inputs[1 : 1 + rule.saves]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.options = inputs[1 + rule.saves :]
 
 
 def _register_public(name: str, rule: Rule) -> None:

@@ -51,6 +51,8 @@ _CONTRACTS: dict[str, tuple[Callable[..., Any], Callable[..., torch.dtype]]] = {
     "quantize_stochastic": (check_stochastic, lambda x, *args: x.dtype),
     "encode": (check_quantize, lambda x, *args: torch.uint8),
     "encode_stochastic": (check_stochastic, lambda x, *args: torch.uint8),
+    "quantize_gradient": (check_quantize, lambda x, *args: x.dtype),
+    "quantize_gradient_stochastic": (check_stochastic, lambda x, *args: x.dtype),
     "decode": (check_decode, _decoded),
     "dequantize": (check_dequantize, lambda x, *args: x.dtype),
 }

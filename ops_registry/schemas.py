@@ -10,6 +10,9 @@ OPERATORS = {
     "quantize_stochastic": f"quantize_stochastic(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor",
     "encode": f"encode(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor",
     "encode_stochastic": f"encode_stochastic(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor",
+    "quantize_gradient": f"quantize_gradient(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor",
+    "quantize_gradient_stochastic": "quantize_gradient_stochastic(Tensor x, Tensor scale, Tensor random_bits, "
+    f"{_PROJECTION}) -> Tensor",
     "decode": "decode(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor",
     "dequantize": "dequantize(Tensor x, Tensor scale) -> Tensor",
 }

@@ -17,8 +17,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Every layout and every dtype in each run, all pairs of them in the slow one.
+PAIRS = [
+    pytest.param(layout, dtype, marks=() if (i + j) % len(DTYPES) == 0 else pytest.mark.slow)
+    for i, layout in enumerate(LAYOUTS)
+    for j, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(layout, dtype, requires_grad, device):
     x = LAYOUTS[layout]().to(device, dtype)
@@ -33,6 +40,8 @@ def test_opcheck(layout, dtype, requires_grad, device):
         (ag.quantize_stochastic, (x, column, random, "E7M0")),
         (ag.encode, (x, column, "E5M2", "none", "to_odd")),
         (ag.encode_stochastic, (x, scalar, random, "E0M7", "finite")),
+        (ag.quantize_gradient, (x, row, "E5M2")),
+        (ag.quantize_gradient_stochastic, (x, scalar, random, "E5M2")),
         (ag.decode, (codes, row, "E4M3", dtype)),
         (ag.dequantize, (x, column)),
         (ag.quantize, (x, scalar.requires_grad_(requires_grad), "E4M3FNUZ")),

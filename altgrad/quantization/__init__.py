@@ -20,7 +20,7 @@ from .formats import (
 )
 from .granularity import PerAxis, PerBlock, PerTensor
 from .history import AmaxHistory
-from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize
+from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize, quantize_gradient
 from .recipes import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, NVFP4, Recipe
 from .scaling import compute_scale, quantize_blocks
 from .stats import QuantizationStats, bit_stall, quantization_stats, sqnr
@@ -63,6 +63,7 @@ __all__ = [
     "quantization_stats",
     "quantize",
     "quantize_blocks",
+    "quantize_gradient",
     "resolve",
     "sqnr",
 ]

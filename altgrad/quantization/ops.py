@@ -68,6 +68,44 @@ def quantize(
     return _quantize(x, scale, name, saturation, rounding, random_bits)
 
 
+def quantize_gradient(
+    x: Tensor,
+    format: FP8Format | str,
+    scale: Tensor | float = 1.0,
+    *,
+    saturation: str = "propagate",
+    rounding: str = "nearest_ties_to_even",
+    random_bits: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """x unchanged; in the backward pass the incoming gradient is quantized: ``quantize(grad, format, scale, ...)``.
+
+    It gives gradients a format of their own, as in training with E4M3 forward and E5M2 backward. Random bits are drawn
+    (or taken) in the forward pass and kept for the backward pass: four bytes an element, one with given uint8
+    ``random_bits``. The gradient of the gradient is straight-through; forward-mode tangents pass unchanged. In eager
+    the output is a copy of x; compiled there is none. Arguments and errors are those of :func:`quantize`.
+
+    Returns:
+        A tensor of x's values, shape and dtype, laid out as ``torch.empty_like(x)``.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import quantize_gradient, E5M2
+        >>> x = torch.tensor([1.1], requires_grad=True)
+        >>> y = quantize_gradient(x, E5M2)
+        >>> y.backward(torch.tensor([1.1]))
+        >>> y, x.grad
+        (tensor([1.1000], grad_fn=<QuantizeGradientBackward>), tensor([1.]))
+    """
+    name, scale = _format_name(format), _as_tensor(scale, x.dtype, x.device)
+    random_bits = _random_bits(x, rounding, random_bits, generator)
+    if not SERVES_TRANSFORMS and transforms_are_active():
+        raise RuntimeError("quantize_gradient does not work under torch.func or forward-mode AD with this torch")
+    if random_bits is None:
+        return _altgrad.quantize_gradient(x, scale, name, saturation, rounding)
+    return _altgrad.quantize_gradient_stochastic(x, scale, random_bits, name, saturation)
+
+
 def encode(
     x: Tensor,
     format: FP8Format | str,
@@ -243,6 +281,8 @@ def _random_bits(
     if random_bits is not None:
         return random_bits
     high = 1 << RANDOM_BITS[torch.int32]
+    if generator is None:  # Inductor fuses this draw, but not the overload with a generator
+        return torch.randint(high, x.shape, dtype=torch.int32, device=x.device)
     return torch.randint(high, x.shape, dtype=torch.int32, device=x.device, generator=generator)
 
 
