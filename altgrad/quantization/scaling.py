@@ -21,7 +21,7 @@ _E8M0_BIAS = 127
 _E8M0_ZERO_BITS = 1 << 22  # 2^-127, the value of code 0, as a float32
 _MANTISSA = (1 << 23) - 1
 # What mse tries beside amax itself.
-_MSE_FACTORS = [2.0 ** (-step / 16) for step in range(1, 33)]
+_MSE_FACTORS = [2.0 ** (-step / 8) for step in range(1, 17)]
 _MSE_POWER_OF_TWO_FACTORS = [2.0, 0.5, 0.25]  # 2 because two of the rules clip
 
 
@@ -62,7 +62,7 @@ def compute_scale(
         format: as in :func:`quantize`.
         method: ``"amax"``: the largest |x|. ``"percentile"``: that of |x| at fraction, interpolated as numpy's
             ``quantile`` does in float64. ``"mse"``: the scale with the least squared error of :func:`quantize`, among
-            that of amax and 2^(-1/16), 2^(-2/16) ... 2^-2 times it (with power_of_two 2, 1/2 and 1/4 times).
+            that of amax and 2^(-1/8), 2^(-2/8) ... 2^-2 times it (with power_of_two 2, 1/2 and 1/4 times).
         granularity: :class:`PerTensor`, :class:`PerAxis` or :class:`PerBlock`.
         fraction: for ``"percentile"``, 0 to 1.
         power_of_two: rounds the scale to a power of two by a rule of OCP MX implementations. ``"floor"``, ``"ceil"``:

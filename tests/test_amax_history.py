@@ -1,0 +1,127 @@
+"""Delayed scaling against TransformerEngine's recipe in plain Python, and as a module."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import assert_same_bits
+
+from altgrad.quantization import E4M3, AmaxHistory, quantize
+
+STREAM = [3.0, 448.0, 7.0, 0.0, 1e-3, 896.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def delayed_scales(stream, length, policy, margin):
+    """A scale before each value, of the history so far."""
+    scales = []
+    for step in range(len(stream)):
+        past = ([0.0] * length + stream[:step])[-length:]
+        amax = max(past) if policy == "max" else past[-1]
+        scales.append(1.0 if amax == 0 else float(torch.tensor(amax) * 2**margin / 448))
+    return scales
+
+
+@pytest.mark.parametrize("margin", [0, 1])
+@pytest.mark.parametrize("policy", ["max", "most_recent"])
+@pytest.mark.parametrize("length", [1, 3, 1024])
+def test_recipe(length, policy, margin):
+    history = AmaxHistory(E4M3, length=length, policy=policy, margin=margin)
+    scales = [history(torch.tensor([[-amax, amax / 2]])) for amax in STREAM]
+    assert_same_bits(torch.stack(scales), torch.tensor(delayed_scales(STREAM, length, policy, margin)))
+
+
+def test_infinite_and_nan_are_not_recorded():
+    history = AmaxHistory("E4M3", length=4)
+    for amax in (448.0, math.inf, math.nan):
+        history(torch.tensor([amax, 1.0]))
+    assert history.history.tolist() == [448.0, 448.0, 448.0, 0.0]
+
+
+def test_eval_keeps_the_scale():
+    history = AmaxHistory(E4M3)
+    history(torch.tensor(896.0))
+    history.eval()
+    assert [history(torch.tensor(1e6)).item() for _ in range(3)] == [2.0] * 3
+
+
+def test_is_a_module():
+    history = AmaxHistory(E4M3, length=3)
+    history(torch.tensor(896.0))
+    other = AmaxHistory(E4M3, length=3)
+    other.load_state_dict(history.state_dict())
+    assert list(history.state_dict()) == ["history"] and not list(history.parameters())
+    for module in (other, copy.deepcopy(history), copy.deepcopy(history).to(torch.bfloat16)):
+        assert_same_bits(module.scale(), torch.tensor(2.0))
+    assert history.to("meta").history.device.type == "meta"
+
+
+def test_buffer_is_updated_in_place():
+    history = AmaxHistory(E4M3, length=3)
+    address = history.history.data_ptr()
+    history(torch.tensor(1.0))
+    assert history.history.data_ptr() == address
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.amax = AmaxHistory(E4M3, length=3)
+
+        def forward(self, x):
+            return quantize(x, E4M3, self.amax(x))
+
+    torch._dynamo.reset()
+    eager, model = Model(), Model()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for amax in STREAM[:5]:
+        x = torch.linspace(-amax, amax, 7)
+        assert_same_bits(compiled(x), eager(x))
+    assert_same_bits(model.amax.history, eager.amax.history)
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    history = AmaxHistory(E4M3, length=3).cuda()
+    x = torch.ones(8, device="cuda")
+    history(x)
+    history.history.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scale = history(x)
+    seen = []
+    for amax in STREAM:
+        x.fill_(amax)
+        graph.replay()
+        seen.append(scale.item())
+    assert_same_bits(torch.tensor(seen), torch.tensor(delayed_scales(STREAM, 3, "max", 0)))
+
+
+def test_errors():
+    for options, message in [({"length": 0}, "length"), ({"policy": "min"}, "max, most_recent")]:
+        with pytest.raises(ValueError, match=message):
+            AmaxHistory(E4M3, **options)
+    with pytest.raises(ValueError, match="unknown format"):
+        AmaxHistory("E9M9")
+
+
+def _rank(rank, address, results):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    together, alone = AmaxHistory(E4M3, length=2), AmaxHistory(E4M3, length=2, reduce=False)
+    for amax in (448.0 * (1 + rank), math.nan if rank else 1.0):
+        for history in (together, alone):
+            history(torch.tensor([amax]))
+    torch.save((together.history, alone.history), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_ranks_agree(tmp_path):
+    torch.multiprocessing.spawn(_rank, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
+    (first, first_alone), (second, second_alone) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    # The NaN of rank 1 counts as its last amax, which was already that of both.
+    assert first.tolist() == second.tolist() == [896.0, 896.0]
+    assert (first_alone.tolist(), second_alone.tolist()) == ([1.0, 448.0], [896.0, 896.0])

@@ -1,0 +1,423 @@
+"""Scales against their definitions, computed here in numpy, group by group."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import DTYPES, FORMATS, NAMED, assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from altgrad.quantization import (
+    E0M7,
+    E2M1,
+    E4M3,
+    E5M2,
+    MXFP4,
+    NVFP4,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    compute_scale,
+    encode,
+    quantize,
+    quantize_blocks,
+    resolve,
+)
+from altgrad.quantization.scaling import METHODS, POWER_OF_TWO_RULES
+
+GRANULARITIES = [
+    PerTensor(),
+    PerAxis(0),
+    PerAxis(-1),
+    PerAxis((0, 1)),
+    PerBlock(4),
+    PerBlock((3, 5)),  # ragged in both dimensions of (8, 12)
+    PerBlock((16, 32)),  # larger than they are
+]
+
+
+def samples(*shape, dtype=torch.float32, seed=0):
+    """Numbers over many binades."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(3).exp()).to(dtype)
+
+
+MAGNITUDES = torch.cat([samples(4096).abs() + 1e-6, torch.ldexp(torch.ones(60), torch.arange(-30, 30))])[:, None]
+
+
+def groups_of(shape, granularity):
+    """For every element of a tensor the indices (tuples) of its group."""
+    indices = list(itertools.product(*[range(size) for size in shape]))
+    if isinstance(granularity, PerBlock):
+        sizes = (granularity.sizes,) if isinstance(granularity.sizes, int) else granularity.sizes
+        sizes = (1,) * (len(shape) - len(sizes)) + sizes
+        keys = [tuple(i // size for i, size in zip(index, sizes)) for index in indices]
+    else:
+        axes = () if isinstance(granularity, PerTensor) else granularity.axes
+        axes = (axes,) if isinstance(axes, int) else axes
+        keys = [tuple(index[axis] for axis in axes) for index in indices]
+    members = {}
+    for key, index in zip(keys, indices):
+        members.setdefault(key, []).append(index)
+    return [(index, members[key]) for key, index in zip(keys, indices)]
+
+
+def by_groups(x, granularity, scale_of_magnitudes):
+    """The definition of a scale, element by element, in the compute dtype."""
+    a = np.abs(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).numpy())
+    result = np.empty_like(a)
+    for index, members in groups_of(x.shape, granularity):
+        result[index] = scale_of_magnitudes(np.array([a[i] for i in members]))
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_amax_is_the_largest_magnitude_over_the_largest_value(granularity, dtype):
+    x = samples(8, 12, dtype=dtype)
+    scale = compute_scale(x, E4M3, granularity=granularity)
+    assert_same_bits(scale.expand(x.shape), by_groups(x, granularity, lambda a: a.max() / a.dtype.type(448)))
+
+
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.5, 0.9, 0.99, 0.999, 1])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_percentile_is_numpys_quantile_in_float64(granularity, fraction):
+    x = samples(8, 12)
+    scale = compute_scale(x, E4M3, method="percentile", fraction=fraction, granularity=granularity)
+
+    def definition(a):
+        return np.float32(np.quantile(a.astype(np.float64), fraction)) / np.float32(448)
+
+    assert_same_bits(scale.expand(x.shape), by_groups(x, granularity, definition))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 1000, 65_537, 1 << 20])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_percentile_of_a_long_tensor(n, repeats):
+    x = samples(n, seed=n)
+    x = x.round() if repeats else x
+    magnitudes = x.abs().numpy().astype(np.float64)
+    for fraction in (0.25, 0.9, 0.99, 0.999, 0.99999, 1.0):
+        want = torch.tensor(np.quantile(magnitudes, fraction)).float()
+        got = compute_scale(x, "e3m0b3f", method="percentile", fraction=fraction)  # its largest value is 16
+        assert_same_bits(got, torch.where(want == 0, 1.0, want / 16))
+
+
+def test_percentile_beyond_the_limit_of_torch_quantile():
+    n = (1 << 24) + 5
+    x = torch.arange(n, dtype=torch.float64)
+    x = x.roll(n // 3) * (1 - 2 * (torch.arange(n) % 2))
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(x.abs(), 0.999)
+    got = compute_scale(x, "e1m0b1f", method="percentile", fraction=0.999)  # its largest value is 1
+    assert_same_bits(got, torch.tensor(np.quantile(np.arange(n, dtype=np.float64), 0.999)))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"power_of_two": "floor"}, {"scale_format": E4M3}], ids=str)
+@pytest.mark.parametrize("f", [E2M1, E0M7, E4M3], ids=lambda f: f.name)
+def test_mse_is_never_worse_than_amax(f, options, granularity):
+    x = samples(8, 12)
+    errors = {}
+    for method in ("amax", "mse"):
+        scale = compute_scale(x, f, method=method, granularity=granularity, **options).expand(x.shape)
+        squares = (quantize(x, f, scale).double() - x.double()).square()
+        errors[method] = torch.tensor(
+            [float(sum(squares[i] for i in members)) for _, members in groups_of(x.shape, granularity)]
+        )
+    assert (errors["mse"] <= errors["amax"]).all()
+    if f is E2M1 and granularity == PerAxis(0):
+        assert (errors["mse"] < errors["amax"]).any()
+
+
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_amax_clips_nothing(f):
+    """x / scale is at most an ulp above the largest value, and that rounds to the largest value."""
+    x = MAGNITUDES
+    scale = compute_scale(x, f, granularity=PerAxis(0))
+    largest = np.float32(f.max_representable_value)
+    assert (x / scale).max() <= np.nextafter(largest, np.float32(np.inf))
+    assert (encode(x, f, scale, saturation="none") == f.max_code).all()
+    assert_same_bits(quantize(x, f, scale, saturation="none"), largest * scale)
+    bound = x.double() * 2.0**-23
+    assert ((quantize(x, f, scale).double() - x.double()).abs() <= bound).all()
+
+
+def test_division_rounds_quotients_above_the_largest_value():
+    """The case the test above is about exists."""
+    x = samples(4096).abs()[:, None]
+    assert (x / compute_scale(x, E4M3, granularity=PerAxis(0)) > 448).any()
+
+
+@pytest.mark.parametrize("f", NAMED, ids=lambda f: f.name)
+@pytest.mark.parametrize("rule", ["ceil", "rceil"])
+def test_rounding_scales_up_clips_nothing(rule, f):
+    scale = compute_scale(MAGNITUDES, f, granularity=PerAxis(0), power_of_two=rule)
+    assert (MAGNITUDES / scale <= np.nextafter(np.float32(f.max_representable_value), np.float32(np.inf))).all()
+    assert (encode(MAGNITUDES, f, scale, saturation="none") <= f.max_code).all()
+
+
+def power_of_two_by_definition(amax, f, rule):
+    """With exact logarithms: frexp."""
+
+    def exponent(value):
+        return math.frexp(value)[1] - 1
+
+    largest = f.max_representable_value
+    if math.isnan(amax):
+        return math.nan
+    if rule == "rceil":
+        with np.errstate(all="ignore"):
+            quotient = float(np.float32(amax) / np.float32(largest))
+        if quotient in (0, math.inf):
+            result = -127 if quotient == 0 else 127
+        else:
+            result = exponent(quotient) + (math.frexp(quotient)[0] != 0.5)
+    elif amax == 0:
+        result = -127
+    elif math.isinf(amax):
+        result = 128 - exponent(largest)
+    else:
+        if rule == "even":  # to M mantissa bits, ties away
+            step = 2.0 ** (exponent(amax) - f.mantissa_bits)
+            amax = math.floor(amax / step + 0.5) * step
+        result = exponent(amax) - exponent(largest) + (rule == "ceil" and math.frexp(amax)[0] != 0.5)
+    return 2.0 ** min(max(result, -127), 127)
+
+
+@pytest.mark.parametrize("rule", POWER_OF_TWO_RULES)
+@pytest.mark.parametrize("f", [f for f in NAMED if f.max_representable_value >= 1], ids=lambda f: f.name)
+def test_power_of_two_is_the_definition(f, rule):
+    mantissas = [0, 1, 2, 1 << 22, (1 << 23) - 1, *[(1 << 23 - k) - d for k in range(1, 9) for d in (0, 1)]]
+    mantissas += [(1 << 23) - (1 << 23 - k) + d for k in range(2, 9) for d in (-1, 0, 1)]
+    points = np.concatenate([np.ldexp(1 + np.array(mantissas) / 2**23, e) for e in range(-126, 128, 3)])
+    points = np.concatenate([points, [0, np.inf, np.nan, 2.0**-126, 3.4e38]]).astype(np.float32)
+    got = compute_scale(torch.from_numpy(points)[:, None], f, granularity=PerAxis(0), power_of_two=rule)
+    want = torch.tensor([power_of_two_by_definition(float(p), f, rule) for p in points]).float()
+    assert_same_bits(got[:, 0], want, torch.from_numpy(points))
+
+
+@pytest.mark.parametrize("rule", POWER_OF_TWO_RULES)
+def test_subnormal_amax_gives_the_smallest_scale(rule):
+    x = torch.tensor([[2.0**-149], [2.0**-130], [-(2.0**-128)]])
+    scale = compute_scale(x, E4M3, granularity=PerAxis(0), power_of_two=rule)
+    assert_same_bits(scale, torch.full((3, 1), 2.0**-127))
+    assert_same_bits(quantize(x, E5M2, scale)[1:], x[1:])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("options", [{"method": m} for m in METHODS] + [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_blocks_is_quantize_by_compute_scale(options, granularity, dtype):
+    options = {"format": E4M3} | dict(options) | {"granularity": granularity}
+    for x in (samples(8, 12, dtype=dtype), samples(12, 8, dtype=dtype).t(), samples(8, 24, dtype=dtype)[:, ::2]):
+        scale = compute_scale(x, **options)
+        assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_same_bits(quantize_blocks(x, **options), quantize(x, options["format"], scale))
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sizes", [4, (4, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_even_blocks_are_not_copied(sizes, transposed):
+    x = samples(8, 12)
+    x = x.t() if transposed else x
+    with Calls() as calls:
+        y = quantize_blocks(x, E4M3, granularity=PerBlock(sizes))
+    assert calls.names.count("altgrad::quantize") == 1
+    assert not {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::cat"} & set(calls.names)
+    assert y.stride() == x.stride()
+
+
+SPECIAL = [
+    (torch.zeros(4), 1.0),
+    (-torch.zeros(4), 1.0),
+    (torch.tensor([2.0**-149, 0.0]), 2.0**-126),
+    (torch.tensor([math.inf, 1.0]), math.nan),
+    (torch.tensor([math.nan, 1.0]), math.nan),
+    (torch.empty(0), 1.0),
+    (torch.tensor(-448.0), 1.0),
+]
+
+
+@pytest.mark.parametrize("x, want", SPECIAL, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_special_tensors(x, want, method):
+    scale = compute_scale(x, E4M3, method=method, fraction=1.0)
+    assert_same_bits(scale, torch.tensor(want))
+    if not x.isinf().any():
+        assert_same_bits(quantize(x, E4M3, scale).isnan(), x.isnan() | math.isnan(want))
+
+
+def test_a_scale_is_finite_even_if_the_quotient_is_not():
+    f = resolve("e2m2b100f")
+    x = torch.tensor([3e38])
+    assert_same_bits(compute_scale(x, f), torch.tensor(torch.finfo(torch.float32).max))
+
+
+def test_percentile_ignores_infinities_above_it_and_shows_nan():
+    x = torch.cat([torch.arange(1.0, 1000.0), torch.tensor([-math.inf])])
+    scale = compute_scale(x, "e1m0b1f", method="percentile", fraction=0.5)
+    assert scale == 500.5
+    assert compute_scale(torch.cat([x, torch.tensor([math.nan])]), E4M3, method="percentile", fraction=0.1).isnan()
+
+
+@pytest.mark.parametrize("value, shown", [(0.0, False), (1e-44, False), (math.inf, True), (math.nan, True)])
+def test_nvfp4_of_special_tensors(value, shown):
+    x = torch.full((2, 32), value)
+    scale = compute_scale(x, **NVFP4)
+    assert scale.isnan().all() if shown else ((scale > 0) & scale.isfinite()).all()
+
+
+def test_zero_block_beside_others():
+    x = torch.cat([torch.zeros(1, 32), torch.ones(1, 32)])
+    for recipe in (MXFP4, NVFP4, {"format": E4M3, "granularity": PerBlock(32)}):
+        assert_same_bits(quantize_blocks(x, **recipe), x)
+
+
+@pytest.mark.parametrize("options", [{"method": m} for m in METHODS] + [MXFP4, NVFP4], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (3, 0, 2)])
+def test_empty_tensors(shape, options):
+    options = {"format": E4M3} | dict(options)
+    for granularity in (PerTensor(), PerAxis(0), PerBlock(2)):
+        options["granularity"] = granularity
+        assert quantize_blocks(torch.empty(shape), **options).shape == shape
+        compute_scale(torch.empty(shape), **options).expand(shape)
+
+
+def test_scales_carry_no_gradient():
+    x = samples(4, 8).requires_grad_()
+    assert not compute_scale(x, E4M3, granularity=PerAxis(0)).requires_grad
+    y = quantize_blocks(x, **MXFP4)
+    y.backward(torch.arange(32.0).reshape(4, 8))
+    assert_same_bits(x.grad, torch.arange(32.0).reshape(4, 8))
+
+
+def test_errors():
+    x = torch.ones(4, 4)
+    for options, message in [
+        ({"method": "max"}, "amax, percentile, mse"),
+        ({"power_of_two": "round"}, "floor, ceil, even, rceil"),
+        ({"fraction": 1.5}, "fraction"),
+        ({"power_of_two": "floor", "scale_format": E4M3}, "one of them"),
+        ({"granularity": PerAxis(2)}, "2 dimensions"),
+        ({"granularity": PerBlock((2, 2, 2))}, "3 dimensions"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compute_scale(x, E4M3, **options)
+    for sizes in (0, (), (4, -1), True):
+        with pytest.raises(ValueError, match="positive integers"):
+            PerBlock(sizes)
+    with pytest.raises(TypeError, match="int64"):
+        compute_scale(torch.ones(4, dtype=torch.int64), E4M3)
+    with pytest.raises(ValueError, match="unknown format"):
+        compute_scale(x, "E9M9")
+    with pytest.raises(TypeError, match="format"):
+        compute_scale(x, 8)
+
+
+COMPILED = [
+    {"format": "E4M3"} | options
+    for options in ([{"method": m} for m in METHODS] + [{"power_of_two": r} for r in POWER_OF_TWO_RULES])
+] + [{"format": "e3m2b3f", "scale_format": "e4m3b7fn"}]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_no_value_is_read(options):
+    """Under fake tensors, which have no values, all that reads one fails."""
+    with FakeTensorMode():
+        x = torch.empty(8, 12)
+        for granularity in GRANULARITIES:
+            y = quantize(x, options["format"], compute_scale(x, granularity=granularity, **options))
+            assert y.shape == quantize_blocks(x, granularity=granularity, **options).shape == x.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_on_a_gpu_nothing_synchronizes_and_bits_are_those_of_the_cpu(options):
+    x = samples(8, 96)
+    want = [quantize_blocks(x, granularity=granularity, **options) for granularity in GRANULARITIES]
+    x = x.cuda()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        got = [quantize_blocks(x, granularity=granularity, **options) for granularity in GRANULARITIES]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for g, w in zip(got, want):
+        assert_same_bits(g, w)
+
+
+def assert_compiles(granularities, options, dynamic):
+    def f(x):
+        results = [quantize(x, options["format"], compute_scale(x, granularity=g, **options)) for g in granularities]
+        return [*results, quantize_blocks(x, granularity=granularities[-1], **options)]
+
+    torch._dynamo.reset()
+    x = samples(8, 12)
+    for got, want in zip(torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")(x), f(x)):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_compiled_is_eager_in_one_graph(options):
+    is_mse = options.get("method") == "mse"  # whose candidates make long graphs
+    assert_compiles([PerBlock(4)] if is_mse else [PerTensor(), PerAxis(0), PerBlock((3, 5))], options, None)
+
+
+@pytest.mark.parametrize("method", ["amax", "percentile"])
+def test_compiled_with_dynamic_shapes(method):
+    assert_compiles([PerBlock(4)], {"format": "E4M3", "method": method}, True)
+
+
+@pytest.mark.parametrize(
+    "granularity, options",
+    [
+        (PerAxis(0), {}),
+        (PerBlock(32), {"power_of_two": "even"}),
+        (PerBlock((16, 32)), {"power_of_two": "rceil"}),
+        (PerBlock(16), {"scale_format": E4M3}),
+    ],
+    ids=str,
+)
+def test_inductor_makes_a_reduction_and_one_fused_kernel(granularity, options):
+    from torch._inductor.utils import run_and_get_code
+
+    def f(x):
+        return quantize_blocks(x * 2, E4M3, granularity=granularity, **options) + 1
+
+    torch._dynamo.reset()
+    x = samples(64, 96)
+    got, code = run_and_get_code(torch.compile(f, fullgraph=True), x)
+    assert_same_bits(got, f(x))
+    kernels = sum(source.count("= async_compile.") for source in code)
+    assert "torch.ops" not in "".join(code).split("def call", 1)[1]
+    assert kernels <= (4 if "scale_format" in options else 2)  # the amax of the tensor comes before that of the blocks
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export_keeps_the_node(dynamic):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return quantize(x, E4M3, compute_scale(x, E4M3, granularity=PerAxis(0))), quantize_blocks(x, **MXFP4)
+
+    x = samples(8, 64)
+    shapes = {"x": {0: torch.export.Dim("rows", min=2, max=64)}} if dynamic else None
+    program = torch.export.export(Model(), (x,), dynamic_shapes=shapes)
+    nodes = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert nodes.count(torch.ops.altgrad.quantize.default) == 2
+    for got, want in zip(program.module()(x[:3] if dynamic else x), Model()(x[:3] if dynamic else x)):
+        assert_same_bits(got, want)
