@@ -16,7 +16,14 @@ TARGETS = {"baseline": []}
 IS_X86 = platform.machine() in ("x86_64", "AMD64") and sys.platform != "darwin"
 if IS_X86:
     TARGETS["avx2"] = ["-mavx2", "-mf16c"]
-    TARGETS["avx512"] = [*TARGETS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    TARGETS["avx512"] = [
+        *TARGETS["avx2"],
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mprefer-vector-width=512",
+    ]
 
 
 class BuildKernels(build_ext):

@@ -53,6 +53,7 @@ class _Plan(ctypes.Structure):
         ("has_inf", ctypes.c_int32),
         ("has_nan", ctypes.c_int32),
         ("has_negative_zero", ctypes.c_int32),
+        ("overflows", ctypes.c_int32),
         ("limit_codes", ctypes.c_int32 * 2),
         ("infinite_code", ctypes.c_int32),
     ]
@@ -137,6 +138,7 @@ def _plan(
         has_inf=f.has_inf,
         has_nan=f.has_nan,
         has_negative_zero=f.has_negative_zero,
+        overflows=overflows,
         limit_codes=(limit_positive, limit_negative),
         infinite_code=f.max_code + keeps_infinity,
     )

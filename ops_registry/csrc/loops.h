@@ -27,41 +27,46 @@ static const FLOAT *NAME(convert)(const void *raw, enum dtype dtype, int64_t n, 
     return buffer;
 }
 
-#define FOR_EACH_ROUNDING(LOOP)                                                                                        \
+/* One loop for each rounding, which the compiler then knows. */
+#define FOR_EACH_ROUNDING(LOOP, BODY)                                                                                  \
     switch (rounding) {                                                                                                \
-        LOOP(NEAREST_TIES_TO_EVEN)                                                                                     \
-        LOOP(NEAREST_TIES_TO_AWAY)                                                                                     \
-        LOOP(TOWARD_ZERO)                                                                                              \
-        LOOP(TOWARD_POSITIVE)                                                                                          \
-        LOOP(TOWARD_NEGATIVE)                                                                                          \
-        LOOP(TO_ODD)                                                                                                   \
-        LOOP(STOCHASTIC)                                                                                               \
+        LOOP(NEAREST_TIES_TO_EVEN, BODY)                                                                               \
+        LOOP(NEAREST_TIES_TO_AWAY, BODY)                                                                               \
+        LOOP(TOWARD_ZERO, BODY)                                                                                        \
+        LOOP(TOWARD_POSITIVE, BODY)                                                                                    \
+        LOOP(TOWARD_NEGATIVE, BODY)                                                                                    \
+        LOOP(TO_ODD, BODY)                                                                                             \
+        LOOP(STOCHASTIC, BODY)                                                                                         \
     }
-
-static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale, const uint32_t *restrict random,
-                           FLOAT *restrict out, int64_t n, enum rounding rounding, const struct NAME(format) * format) {
-    const struct NAME(format) f = *format;
-#define LOOP(R)                                                                                                        \
-    case R:                                                                                                            \
+#define LOOP(ROUNDING, BODY)                                                                                           \
+    case ROUNDING:                                                                                                     \
         for (int64_t i = 0; i < n; i++) {                                                                              \
-            out[i] = NAME(project)(x[i] / scale[i], R == STOCHASTIC ? random[i] : 0, R, &f) * scale[i];                \
+            const UINT r = ROUNDING == STOCHASTIC ? random[i] : 0;                                                     \
+            out[i] = BODY(x[i] / scale[i], r, ROUNDING);                                                               \
         }                                                                                                              \
         break;
-    FOR_EACH_ROUNDING(LOOP)
-#undef LOOP
+
+static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale, const uint32_t *restrict random,
+                           FLOAT *restrict out, int64_t n, enum rounding rounding, int overflows,
+                           const struct NAME(format) * format) {
+    const struct NAME(format) f = *format;
+#define SATURATING(q, random, rounding) NAME(project)(q, random, rounding, 0, &f) * scale[i]
+#define OVERFLOWING(q, random, rounding) NAME(project)(q, random, rounding, 1, &f) * scale[i]
+    if (overflows) {
+        FOR_EACH_ROUNDING(LOOP, OVERFLOWING)
+    } else {
+        FOR_EACH_ROUNDING(LOOP, SATURATING)
+    }
+#undef SATURATING
+#undef OVERFLOWING
 }
 
 static void NAME(encode)(const FLOAT *restrict x, const FLOAT *restrict scale, const uint32_t *restrict random,
                          uint8_t *restrict out, int64_t n, enum rounding rounding, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
-#define LOOP(R)                                                                                                        \
-    case R:                                                                                                            \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            out[i] = (uint8_t)NAME(pack)(x[i] / scale[i], R == STOCHASTIC ? random[i] : 0, R, &f);                     \
-        }                                                                                                              \
-        break;
-    FOR_EACH_ROUNDING(LOOP)
-#undef LOOP
+#define PACK(q, random, rounding) (uint8_t)NAME(pack)(q, random, rounding, &f)
+    FOR_EACH_ROUNDING(LOOP, PACK)
+#undef PACK
 }
 
 static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict scale, FLOAT *restrict out, int64_t n,
@@ -105,7 +110,7 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         const int is_narrow = p->out_dtype == FLOAT16 || p->out_dtype == BFLOAT16;
         FLOAT *out = is_narrow ? out_buffer : (FLOAT *)to;
         if (p->operation == QUANTIZE) {
-            NAME(quantize)(x, scale, random, out, n, p->rounding, &f);
+            NAME(quantize)(x, scale, random, out, n, p->rounding, p->overflows, &f);
         } else if (p->operation == DECODE) {
             NAME(decode)(raw, scale, out, n, &f);
         } else {
@@ -123,3 +128,4 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
 }
 
 #undef FOR_EACH_ROUNDING
+#undef LOOP

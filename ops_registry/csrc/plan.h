@@ -27,8 +27,9 @@ struct plan {
     int32_t mantissa_bits, min_exponent;
     int32_t sign_code, max_code, nan_code; /* nan_code is what NaN packs to */
     int32_t has_inf, has_nan, has_negative_zero;
-    int32_t limit_codes[2]; /* magnitudes are cut to it before rounding, by the sign: max, or the one that would follow */
-    int32_t infinite_code;  /* what infinity becomes; overflow too where it is not max */
+    int32_t overflows;      /* what is beyond max becomes what follows it in the order of codes: infinity or NaN */
+    int32_t limit_codes[2]; /* magnitudes are cut to it before rounding, by the sign: max, or one more to overflow */
+    int32_t infinite_code;  /* what infinity becomes: max, or what follows */
 };
 
 /* A plan with its tensors. out is dense, and position i is its i-th element in memory. */

@@ -14,10 +14,10 @@
 struct NAME(format) {
     UINT mantissa_bits, min_step, magic_offset;
     UINT limits[2], max_value, over_value;               /* limits: by the sign */
-    UINT special_from, special_or;                       /* magnitudes from special_from on become special_or | they */
+    UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
     UINT max_code, infinite_code, nan_code, sign_code, first_signed, signed_codes;
-    FLOAT minus_zero, random_range;
+    FLOAT random_range;
 };
 
 INLINE FLOAT NAME(number)(UINT bits) {
@@ -34,6 +34,9 @@ INLINE UINT NAME(bits)(FLOAT number) {
 
 INLINE UINT NAME(max)(UINT a, UINT b) { return a > b ? a : b; }
 INLINE UINT NAME(min)(UINT a, UINT b) { return a < b ? a : b; }
+
+/* a where condition (0 or 1) is true, else b. What `?:` selects, compilers may compute behind a branch, load included. */
+INLINE UINT NAME(select)(UINT condition, UINT a, UINT b) { return b ^ ((a ^ b) & (0 - condition)); }
 
 /* The number that rounds by being added.
  *
@@ -94,14 +97,15 @@ INLINE UINT NAME(round)(UINT a, UINT is_negative, UINT random, enum rounding rou
     }
 }
 
-/* The projection of q = x / scale. */
-INLINE FLOAT NAME(project)(FLOAT q, UINT random, enum rounding rounding, const struct NAME(format) * f) {
+/* The projection of q = x / scale; overflows tells whether the limits lie beyond max. */
+INLINE FLOAT NAME(project)(FLOAT q, UINT random, enum rounding rounding, int overflows, const struct NAME(format) * f) {
     UINT bits = NAME(bits)(q), a = bits & ~SIGN, magic;
     UINT sum = NAME(round)(NAME(limit)(bits, rounding, f), bits >> SIGN_SHIFT, random, rounding, f, &magic);
     UINT r = NAME(magnitude)(sum, magic);
-    r = r > f->max_value ? f->over_value : r;
-    r = a >= f->special_from ? a | f->special_or : r;
-    return NAME(number)(r | (bits & SIGN)) + f->minus_zero; /* adding -0 changes nothing, adding +0 turns -0 into +0 */
+    r = overflows && r > f->max_value ? f->over_value : r;
+    /* Adding infinity or NaN gives these, adding -0 changes nothing, and adding +0 turns -0 into +0. */
+    UINT special = a >= f->special_from ? bits | f->special_or : f->minus_zero;
+    return NAME(number)(r | (bits & SIGN)) + NAME(number)(special);
 }
 
 /* The code of the projection of q. What follows max in the order of codes is what overflow becomes: inf or NaN. */
@@ -109,10 +113,10 @@ INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struc
     UINT bits = NAME(bits)(q), a = bits & ~SIGN, magic;
     UINT sum = NAME(round)(NAME(limit)(bits, rounding, f), bits >> SIGN_SHIFT, random, rounding, f, &magic);
     UINT code = sum & FRACTION_MASK;
-    code = a == INFINITE ? f->infinite_code : code;
+    code = NAME(select)(a == INFINITE, f->infinite_code, code);
     UINT is_signed = code - f->first_signed < f->signed_codes; /* zero may have no sign, NaN never has */
     code |= is_signed ? (bits >> SIGN_SHIFT) * f->sign_code : 0;
-    return a > INFINITE ? f->nan_code : code;
+    return NAME(select)(a > INFINITE, f->nan_code, code);
 }
 
 /* The value of a code. */
@@ -145,7 +149,7 @@ static struct NAME(format) NAME(prepare)(const struct plan *p) {
         .sign_code = sign_code,
         .first_signed = !p->has_negative_zero,
         .signed_codes = p->max_code + p->has_inf + p->has_negative_zero,
-        .minus_zero = p->has_negative_zero ? (FLOAT)-0.0 : (FLOAT)0.0,
+        .minus_zero = p->has_negative_zero ? SIGN : 0,
         .random_range = (FLOAT)((int64_t)1 << p->random_bits),
     };
     f.max_value = NAME(value)(p->max_code, &f);
