@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-# Traps are off in the kernels, and GCC vectorizes few selections unless it knows.
-FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"]
+# Traps are off in the kernels, and GCC vectorizes few selections unless it knows. Buffers hold operands of any dtype.
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-strict-aliasing", "-fvisibility=hidden"]
 TARGETS = {"baseline": []}
 IS_X86 = platform.machine() in ("x86_64", "AMD64") and sys.platform != "darwin"
 if IS_X86:
@@ -55,6 +56,13 @@ class BuildKernels(build_ext):
         return str(Path(*name.split("."))) + ".so"  # no Python's tag: it depends on none
 
 
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python of a platform."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -64,5 +72,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

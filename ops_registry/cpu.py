@@ -60,32 +60,31 @@ class _Plan(ctypes.Structure):
 
 
 def _load() -> tuple[Any, str]:
-    """The library and the name of what serves; ALTGRAD_CPU_TARGET asks for an instruction set or for ``aten``."""
+    """The library and the name of what serves."""
     wanted = os.environ.get("ALTGRAD_CPU_TARGET")
-    if wanted == "aten":
+    path = Path(__file__).with_name("_kernels.so")
+    if wanted == "aten" or not (wanted or path.exists()):
         return None, "aten"
-    paths = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not paths:
-        if wanted:
-            raise ImportError(f"ALTGRAD_CPU_TARGET={wanted}, but the C kernels of altgrad were not built")
-        return None, "aten"
-    native = ctypes.CDLL(str(paths[0]))
+    if not path.exists():
+        raise ImportError(f"ALTGRAD_CPU_TARGET={wanted}, but the C kernels were not built")
+    native = ctypes.CDLL(str(path))
     native.altgrad_select.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     native.altgrad_select.restype = ctypes.c_char_p
-    native.altgrad_run.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        *[ctypes.c_void_p] * 4,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
+    pointers = [ctypes.c_void_p] * 4
+    native.altgrad_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, *pointers, ctypes.c_int64, ctypes.c_void_p]
     native.altgrad_run.restype = None
-    # The handle reaches whatever torch's own extension module links to.
-    threads = ctypes.CDLL(torch._C.__file__).torch_parallel_for
-    name = native.altgrad_select(wanted.encode() if wanted else None, ctypes.cast(threads, ctypes.c_void_p))
-    if name is None:
-        raise ImportError(f"ALTGRAD_CPU_TARGET={wanted} is none of aten and the instruction sets of this machine")
-    return native, name.decode()
+    target = select(native, wanted)
+    if target is None:
+        raise ImportError(f"ALTGRAD_CPU_TARGET={wanted} is neither aten nor an instruction set of this machine")
+    return native, target
+
+
+def select(native: Any, target: str | None) -> str | None:
+    """Makes the library run the target, or the best one for None; the name of what runs, None where it cannot."""
+    # The handle of torch's extension module reaches whatever that links to.
+    parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, ctypes.c_void_p)
+    name = native.altgrad_select(target and target.encode(), parallel_for)
+    return name and name.decode()
 
 
 _native, _backend = _load()
