@@ -19,6 +19,7 @@ from conftest import (
 )
 from test_formats import ML_DTYPES
 
+from ops_registry import aten
 from ops_registry.checks import RANDOM_BITS, ROUNDINGS, SATURATIONS
 from ops_registry.formats import resolve
 
@@ -30,9 +31,13 @@ SCALES = [1.0, 0.37, 2.0**-9, 3e5]
 
 
 def assert_quantize_and_encode(f, x, scale, device, *modes):
+    """By the device's own kernels, and by the aten formulation, which serves compilers and every other device."""
     on_device = x.to(device), scale.to(device)
-    assert_same_bits(ag.quantize(*on_device, f.name, *modes), reference_quantize(f, x, scale, *modes), x)
-    assert_same_bits(ag.encode(*on_device, f.name, *modes), reference_encode(f, x, scale, *modes), x)
+    want, want_codes = reference_quantize(f, x, scale, *modes), reference_encode(f, x, scale, *modes)
+    for quantize in (ag.quantize, aten.quantize):
+        assert_same_bits(quantize(*on_device, f.name, *modes), want, x)
+    for encode in (ag.encode, aten.encode):
+        assert_same_bits(encode(*on_device, f.name, *modes), want_codes, x)
 
 
 @formats
@@ -72,8 +77,18 @@ def test_stochastic_with_given_bits(f, saturation, bits_dtype, device):
     r = random.numpy().astype(np.int64) % (1 << n)
     args = [t.to(device) for t in (x, scale, random)]
     modes = saturation, "stochastic", r, n
-    assert_same_bits(ag.quantize_stochastic(*args, f.name, saturation), reference_quantize(f, x, scale, *modes), x)
-    assert_same_bits(ag.encode_stochastic(*args, f.name, saturation), reference_encode(f, x, scale, *modes), x)
+    for ops in (ag, aten):
+        assert_same_bits(ops.quantize_stochastic(*args, f.name, saturation), reference_quantize(f, x, scale, *modes), x)
+        assert_same_bits(ops.encode_stochastic(*args, f.name, saturation), reference_encode(f, x, scale, *modes), x)
+
+
+@formats
+@saturations
+@roundings
+def test_the_portable_formulation_has_the_same_bits(f, saturation, rounding):
+    x, scale = torch.cat([near_ties(f), random_bit_patterns(20_000)]) * 0.37, torch.tensor(0.37)
+    portable = aten.quantize(x, scale, f.name, saturation, rounding, multiply=aten.multiply_portable)
+    assert_same_bits(portable, ag.quantize(x, scale, f.name, saturation, rounding), x)
 
 
 @formats
@@ -83,7 +98,8 @@ def test_decode_every_byte(f, dtype, device):
     for scale in SCALES:
         scale = torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         want = torch.from_numpy(np.asarray(reference.decode(f, codes.numpy(), scale.numpy()))).to(dtype)
-        assert_same_bits(ag.decode(codes.to(device), scale.to(device), f.name, dtype), want, codes)
+        for decode in (ag.decode, aten.decode):
+            assert_same_bits(decode(codes.to(device), scale.to(device), f.name, dtype), want, codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
