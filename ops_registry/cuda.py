@@ -1,0 +1,196 @@
+"""The operators on CUDA: one pass over x in memory order, by Triton kernels that are compiled when first used.
+
+Triton is imported when the first CUDA tensor arrives. Where it is missing, and for a scale whose broadcast does not
+come down to four nested runs of elements, the aten formulas serve.
+"""
+
+from functools import cache, lru_cache
+from importlib import import_module
+from math import gcd, prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import aten
+from .checks import ROUNDINGS, SATURATIONS, check_decode, check_quantize, check_stochastic
+from .formats import FP8Format
+from .schemas import library
+
+Size = tuple[int, ...]
+Plan = tuple[int, list[int], tuple[Any, ...]]
+
+MAX_RUNS = 4
+BLOCK = 2048
+NUM_WARPS = 4
+ROWS, COLUMNS = 8, 512  # of a block with a scale per column
+
+_NARROW = 2**30  # elements; with more, offsets are of 64 bits
+_NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS
+
+# What a kernel was compiled for -> the compiled kernel. Its launch skips the search in Triton's own cache.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+class Walk(NamedTuple):
+    """How a kernel finds scales: through ``runs`` nested runs of rows of its block (0: one scale for all).
+
+    moves_in_row: each element of a row has its own scale. is_columns: the rows of a block lie under each other in a
+    matrix with a scale per column. is_wide: offsets need 64 bits.
+    """
+
+    runs: int = 0
+    moves_in_row: bool = False
+    is_columns: bool = False
+    is_wide: bool = False
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The module of Triton kernels, None without Triton."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    return import_module(".cuda_kernels", __package__)
+
+
+def runs_of(shape: Size, x_strides: Size, scale_strides: Size) -> tuple[list[int], list[int]]:
+    """How scale walks along a dense x in memory order: sizes and strides of nested runs, the innermost first.
+
+    Dimensions of x are joined where one stride of scale serves both: with a scale per column the runs have the sizes
+    [columns, rows] and the strides [1, 0].
+    """
+    sizes: list[int] = []
+    strides: list[int] = []
+    for dim in sorted(range(len(shape)), key=x_strides.__getitem__):
+        size, stride = shape[dim], scale_strides[dim]
+        if sizes and stride == strides[-1] * sizes[-1]:
+            sizes[-1] *= size
+        elif size > 1:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides
+
+
+def plan_one(n: int) -> Plan:
+    """The plan for one scale."""
+    return -(-n // BLOCK), _NO_RUNS, (Walk(is_wide=n > _NARROW), 1, BLOCK)
+
+
+@lru_cache(maxsize=4096)
+def plan(shape: Size, x_strides: Size, scale_strides: Size) -> Plan | None:
+    """How blocks of x meet their scales: (programs, sizes and strides of runs in rows, (walk, rows, columns)).
+
+    A row is a power of two of elements of one innermost run. None where the kernels cannot follow.
+    """
+    n = prod(shape)
+    sizes, strides = runs_of(shape, x_strides, scale_strides)
+    runs, is_wide = len(sizes), n > _NARROW
+    if runs > MAX_RUNS or any(size >= 2**31 for size in sizes[:-1]):
+        return None
+    if runs == 0:
+        return plan_one(n)
+    if strides == [1, 0] and sizes[0] % COLUMNS == 0:
+        tiles = sizes[0] // COLUMNS
+        walk = Walk(runs, is_columns=True, is_wide=is_wide)
+        return tiles * -(-sizes[1] // ROWS), [tiles, *_NO_RUNS[1:]], (walk, ROWS, COLUMNS)
+    moves_in_row = strides[0] == 1
+    columns = gcd(BLOCK, *([] if runs == 1 else sizes[:1]), *(strides[1:] if moves_in_row else []))
+    if strides[0] > 1:
+        columns = 1
+    unit = columns if moves_in_row else 1
+    padding = MAX_RUNS - runs
+    integers = [sizes[0] // columns, *sizes[1:], *[1] * padding][: MAX_RUNS - 1]
+    integers += [strides[0] * columns // unit, *[stride // unit for stride in strides[1:]], *[0] * padding]
+    return -(-n // BLOCK), integers, (Walk(runs, moves_in_row, is_wide=is_wide), BLOCK // columns, columns)
+
+
+def in_order_of(out: Tensor, x: Tensor) -> Tensor:
+    """x laid out as out: itself where it is dense."""
+    return x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
+
+
+def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor | None], f: FP8Format, *modes: str) -> bool:
+    """Runs a kernel on out's device and its current stream; False where it cannot serve.
+
+    A 0-d scale on the CPU becomes the argument of a fill: there is no synchronization.
+    """
+    module = kernels()
+    if scale.numel() == 1:
+        planned: Plan | None = plan_one(out.numel())
+    else:
+        planned = plan(out.shape, out.stride(), scale.expand(out.shape).stride())
+    if module is None or planned is None:
+        return False
+    programs, integers, layout = planned
+    if programs == 0:
+        return True
+    device = out.get_device()
+    if scale.get_device() != device:
+        scale = torch.full((), scale.item(), dtype=scale.dtype, device=out.device)
+    tensors = [scale, *[x if x is None else in_order_of(out, x) for x in inputs], out]
+    # What Triton would compile another kernel for, all but the integers.
+    types = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+    key = (kernel, device, layout, f.name, modes, *types)
+    compiled = _compiled.get(key)
+    arguments = (*tensors, out.numel(), *integers, *layout, f, *modes)
+    with torch.cuda.device_of(out):
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments)
+        else:
+            _compiled[key] = getattr(module, kernel)[programs, 1, 1](*arguments, num_warps=NUM_WARPS)
+    return True
+
+
+def quantize(
+    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+) -> Tensor:
+    f = check_quantize(x, scale, format, saturation, rounding)
+    out = torch.empty_like(x)
+    if launch("project_kernel", out, scale, [x, None], f, saturation, rounding):
+        return out
+    return out.copy_(aten.quantize(x, scale, format, saturation, rounding))
+
+
+def quantize_stochastic(
+    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
+) -> Tensor:
+    f = check_stochastic(x, scale, random_bits, format, saturation)
+    out = torch.empty_like(x)
+    if launch("project_kernel", out, scale, [x, random_bits], f, saturation, "stochastic"):
+        return out
+    return out.copy_(aten.quantize_stochastic(x, scale, random_bits, format, saturation))
+
+
+def encode(
+    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+) -> Tensor:
+    f = check_quantize(x, scale, format, saturation, rounding)
+    out = torch.empty_like(x, dtype=torch.uint8)
+    if launch("project_kernel", out, scale, [x, None], f, saturation, rounding):
+        return out
+    return out.copy_(aten.encode(x, scale, format, saturation, rounding))
+
+
+def encode_stochastic(
+    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
+) -> Tensor:
+    f = check_stochastic(x, scale, random_bits, format, saturation)
+    out = torch.empty_like(x, dtype=torch.uint8)
+    if launch("project_kernel", out, scale, [x, random_bits], f, saturation, "stochastic"):
+        return out
+    return out.copy_(aten.encode_stochastic(x, scale, random_bits, format, saturation))
+
+
+def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
+    f = check_decode(codes, scale, format, dtype)
+    out = torch.empty_like(codes, dtype=dtype or torch.float32)
+    if launch("decode_kernel", out, scale, [codes], f):
+        return out
+    return out.copy_(aten.decode(codes, scale, format, dtype))
+
+
+for _kernel in (quantize, quantize_stochastic, encode, encode_stochastic, decode):
+    library.impl(_kernel.__name__, _kernel, "CUDA")

@@ -1,0 +1,320 @@
+"""The rounding as a Triton device function, and the kernels around it: ``cuda.py`` imports this when it launches.
+
+Steps as in ``aten.py``: divide, round, saturate, multiply; in the codecs also pack and unpack. Floats are taken apart
+through their bits, of float32 or of float64; ``format`` is an FP8Format, whose numbers become constants of the kernel.
+"""
+
+import triton
+import triton.language as tl
+
+# Kernels are compiled for types, formats and modes, not for values of integers.
+_INTEGERS = ["n", "size0", "size1", "size2", "stride0", "stride1", "stride2", "stride3"]
+
+
+@triton.jit
+def divide(x, scale, by_reciprocal: tl.constexpr):
+    """x / scale, correctly rounded: Triton's `/` is that in float64 alone.
+
+    by_reciprocal: scale serves many x, and ties go to even. ``aten.divide`` says why that gives the same results.
+    """
+    if x.dtype == tl.float64:
+        return x / scale
+    elif by_reciprocal:
+        return (x.to(tl.float64) * (1.0 / scale.to(tl.float64))).to(tl.float32)
+    else:
+        return tl.div_rn(x, scale)
+
+
+@triton.jit
+def power_of_two_below(a, format: tl.constexpr):
+    """(2^max(floor(log2 a), min_exponent), its biased exponent, its reciprocal) for a >= 0, from the bits of a.
+
+    An infinity or NaN gives infinity. The reciprocal of 2^e has the biased exponent 2 * bias - e; the limits of a
+    format keep both normal.
+    """
+    if a.dtype == tl.float64:
+        power = (a.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        power = tl.maximum(power, 2.0**format.min_exponent)
+        exponent = power.to(tl.int64, bitcast=True) >> 52
+        return power, exponent, ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    else:
+        power = (a.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.maximum(power, 2.0**format.min_exponent)
+        exponent = power.to(tl.int32, bitcast=True) >> 23
+        return power, exponent, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def code_is_odd(exponent, dtype: tl.constexpr, format: tl.constexpr):
+    """Whether the code of a power of two is odd where M = 0: its exponent with the format's bias is the code."""
+    bias: tl.constexpr = 1023 if dtype == tl.float64 else 127
+    return (exponent + (bias + format.bias)) % 2 == 1
+
+
+@triton.jit
+def round_nearest(a, format: tl.constexpr):
+    """a >= 0 to the nearest value of the format, its exponent unbounded above; ties to the even code.
+
+    a < 2 * power, so with magic = power * 2^(F - M), F the fraction bits of the float, a + magic is in
+    [magic, 2 * magic], where floats are power * 2^-M apart: the step of the format. Their sum is rounded to it, ties to
+    the even multiple, and subtracting magic is exact. For M > 0 the even multiple has the even code.
+    """
+    fraction_bits: tl.constexpr = 52 if a.dtype == tl.float64 else 23
+    power, exponent, _ = power_of_two_below(a, format)
+    magic = power * 2.0 ** (fraction_bits - format.mantissa_bits)
+    r = (a + magic) - magic
+    if format.mantissa_bits == 0:
+        # A tie between 2^k and 2^(k+1) went up; where the code of 2^k is even it stays.
+        r = tl.where((a == power * 1.5) & ~code_is_odd(exponent, a.dtype, format), power, r)
+    return r
+
+
+@triton.jit
+def round_by(a, is_negative, random, format: tl.constexpr, rounding: tl.constexpr):
+    """a >= 0 to itself or to the neighbour on the grid that the mode chooses.
+
+    Scaling by powers of two is exact, but for nu, the distance from the value below in steps, which may underflow: it
+    is compared with 1/2 and 2^-24 only. is_inexact is exact.
+    """
+    power, exponent, reciprocal = power_of_two_below(a, format)
+    step = power * 2.0**-format.mantissa_bits
+    steps = a * (reciprocal * 2.0**format.mantissa_bits)
+    below = tl.floor(steps)
+    nu = steps - below
+    is_inexact = a > below * step
+    if rounding == "nearest_ties_to_away":
+        away = nu >= 0.5
+    elif rounding == "toward_zero":
+        away = nu < 0
+    elif rounding == "toward_positive":
+        away = is_inexact & ~is_negative
+    elif rounding == "toward_negative":
+        away = is_inexact & is_negative
+    elif rounding == "to_odd":
+        half = below * 0.5
+        is_odd = half != tl.floor(half)
+        if format.mantissa_bits == 0:
+            is_odd = is_odd & code_is_odd(exponent, a.dtype, format)
+        away = is_inexact & ~is_odd
+    else:  # P3109's StochasticA: up where floor(nu * 2^N) + R >= 2^N, with R the low N bits of random
+        tl.static_assert(rounding == "stochastic")
+        n: tl.constexpr = 8 if random.dtype == tl.uint8 else 24
+        r = (random & ((1 << n) - 1)).to(a.dtype)
+        away = tl.floor(nu * 2.0**n) + r >= 2.0**n
+    return (below + away.to(a.dtype)) * step
+
+
+@triton.jit
+def round_to_format(a, is_negative, random, format: tl.constexpr, rounding: tl.constexpr):
+    if rounding == "nearest_ties_to_even":
+        return round_nearest(a, format)
+    else:
+        return round_by(a, is_negative, random, format, rounding)
+
+
+@triton.jit
+def project(q, random, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr):
+    """The magnitude of the projection of q: rounded, then saturated; NaN stays NaN in every format."""
+    max_value: tl.constexpr = format.max_representable_value
+    overflow_value: tl.constexpr = format.overflow_value
+    a = tl.abs(q)
+    is_negative = q < 0
+    if saturation == "none" and format.has_nan:
+        # One step beyond max is enough to see the overflow.
+        r = round_to_format(tl.where(a > overflow_value, overflow_value, a), is_negative, random, format, rounding)
+        overflows = r > max_value
+        if rounding == "toward_zero" or rounding == "toward_positive" or rounding == "toward_negative":
+            stops = overflows & (a < float("inf"))  # rounding a finite value inwards stops at max
+            if rounding == "toward_positive":
+                stops = stops & is_negative
+            elif rounding == "toward_negative":
+                stops = stops & ~is_negative
+            r = tl.where(stops, max_value, r)
+            overflows = overflows & ~stops
+        return tl.where(overflows, float("inf") if format.has_inf else float("nan"), r)
+    else:
+        # Rounding is monotone and max is on the grid, so saturating first gives the same.
+        r = round_to_format(tl.where(a > max_value, max_value, a), is_negative, random, format, rounding)
+        if saturation == "propagate" and format.has_inf:
+            r = tl.where(a == float("inf"), a, r)
+        return r
+
+
+@triton.jit
+def with_sign_of(r, q, format: tl.constexpr):
+    """The magnitude r with the sign bit of q; without -0, zero has none."""
+    if q.dtype == tl.float64:
+        sign = q.to(tl.int64, bitcast=True) & -0x8000000000000000
+        signed = (r.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
+    else:
+        sign = q.to(tl.int32, bitcast=True) & -0x80000000
+        signed = (r.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return signed if format.has_negative_zero else tl.where(r == 0, r, signed)
+
+
+@triton.jit
+def pack(r, q, format: tl.constexpr):
+    """The codes of magnitudes r on the grid, infinite or NaN, with the sign of q.
+
+    Times 2^(-126 - min_exponent), normals of the format are normal float32 and subnormals are subnormal, so the leading
+    bits are the code. Both factors are exact: a product is a multiple of 2^(-126 - M).
+    """
+    magnitude = (r.to(tl.float32) * 2.0**-format.min_exponent) * 2.0**-126
+    code = magnitude.to(tl.int32, bitcast=True) >> (23 - format.mantissa_bits)
+    if format.inf_code is not None:
+        code = tl.where(r == float("inf"), format.inf_code, code)
+    sign = (q.to(tl.float32).to(tl.int32, bitcast=True) >> (32 - format.bits)) & format.sign_code
+    if not format.has_negative_zero:
+        sign = tl.where(code == 0, 0, sign)
+    nan_code: tl.constexpr = format.max_code if format.nan_code is None else format.nan_code
+    return tl.where(r != r, nan_code, code | sign).to(tl.uint8)
+
+
+@triton.jit
+def unpack(codes, format: tl.constexpr):
+    """The values of codes in float32, exactly: the inverse of :func:`pack`."""
+    codes = codes.to(tl.int32)
+    magnitude = codes & (format.sign_code - 1)
+    value = (magnitude << (23 - format.mantissa_bits)).to(tl.float32, bitcast=True) * 2.0**126
+    value = value * 2.0**format.min_exponent
+    sign = codes & format.sign_code
+    if not format.has_negative_zero:
+        value = tl.where((sign != 0) & (magnitude == 0), float("nan"), value)
+    elif format.has_nan:
+        value = tl.where(magnitude > format.max_code, float("nan"), value)
+        if format.inf_code is not None:
+            value = tl.where(magnitude == format.inf_code, float("inf"), value)
+    return (value.to(tl.int32, bitcast=True) | (sign << (32 - format.bits))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_of(rows: tl.constexpr, columns: tl.constexpr, row_stride):
+    return row_stride * tl.arange(0, rows)[:, None] + tl.arange(0, columns)[None, :]
+
+
+@triton.jit
+def elements_of(base, row_stride, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """The offsets of a block's elements."""
+    i = base + block_of(rows, columns, row_stride)
+    # Below a row of scales, a thread takes four elements of any dtype at a time, as it does of the scales.
+    return tl.max_contiguous(i, [1, 4]) if walk.is_columns else i
+
+
+@triton.jit
+def load_scale(scale_ptr, base, n, sizes, strides, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """The scales of a block: one, or of shape [1, columns], [rows, 1] or [rows, columns].
+
+    Where scale walks through nested runs of rows, the innermost first, a step along a run moves it by the stride of the
+    run, in units of what a row moves it by, 1 or its columns. Divisions of vectors are of 32 unsigned bits: inner runs
+    are shorter than 2^31, and so is what is added to them. n None: the whole block is there.
+    """
+    if walk.runs == 0:
+        return tl.load(scale_ptr)
+    elif walk.is_columns:
+        column = tl.multiple_of(base % (sizes[0] * columns), columns)
+        return tl.load(scale_ptr + column + block_of(1, columns, 0))
+    else:
+        width: tl.constexpr = columns if walk.moves_in_row else 1
+        row = base // columns
+        i = tl.arange(0, rows).to(tl.uint32)
+        offset = tl.zeros([rows], tl.int64)
+        for run in tl.static_range(walk.runs - 1):
+            size = sizes[run].to(tl.uint32)
+            i += (row % sizes[run]).to(tl.uint32)
+            row = row // sizes[run]
+            carry = i // size
+            offset += (i - carry * size) * strides[run]
+            i = carry
+        offset += (row + i.to(row.dtype)) * strides[walk.runs - 1]
+        offset = width * offset[:, None] + tl.arange(0, width)[None, :]
+        return tl.load(scale_ptr + offset, None if n is None else base + block_of(rows, width, columns) < n)
+
+
+@triton.jit
+def project_block(
+    x_ptr, scale_ptr, random_ptr, out_ptr, base, row_stride, n, sizes, strides, walk: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+):  # fmt: skip
+    i = elements_of(base, row_stride, walk, rows, columns)
+    mask = None if n is None else i < n
+    x = tl.load(x_ptr + i, mask)
+    compute: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
+    scale = load_scale(scale_ptr, base, n, sizes, strides, walk, rows, columns).to(compute)
+    random = None if random_ptr is None else tl.load(random_ptr + i, mask)
+    by_reciprocal: tl.constexpr = not walk.moves_in_row and rounding == "nearest_ties_to_even"
+    q = divide(x.to(compute), scale, by_reciprocal)
+    r = project(q, random, format, saturation, rounding)
+    if out_ptr.dtype.element_ty == tl.uint8:
+        tl.store(out_ptr + i, pack(r, q, format), mask)
+    else:  # multiply
+        tl.store(out_ptr + i, (with_sign_of(r, q, format) * scale).to(x.dtype), mask)
+
+
+@triton.jit
+def decode_block(
+    codes_ptr, scale_ptr, out_ptr, base, row_stride, n, sizes, strides, walk: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr,
+):  # fmt: skip
+    i = elements_of(base, row_stride, walk, rows, columns)
+    mask = None if n is None else i < n
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    scale = load_scale(scale_ptr, base, n, sizes, strides, walk, rows, columns).to(compute)
+    value = unpack(tl.load(codes_ptr + i, mask), format).to(compute)
+    tl.store(out_ptr + i, (value * scale).to(dtype), mask)
+
+
+@triton.jit
+def place_of(n, size0, size1, size2, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """(offset of this program's block, stride of its rows, n, sizes), of 64 bits only where the tensor needs them.
+
+    Blocks tile memory, or a matrix with a scale per column.
+    """
+    index: tl.constexpr = tl.int64 if walk.is_wide else tl.int32
+    program = tl.program_id(0).to(index)
+    sizes = (size0.to(index), size1.to(index), size2.to(index))
+    if walk.is_columns:
+        row_stride = sizes[0] * columns
+        base = program // sizes[0] * (rows * row_stride) + program % sizes[0] * columns
+    else:
+        row_stride = columns
+        base = program * (rows * columns)
+    return base, row_stride, n.to(index), sizes
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def project_kernel(
+    scale_ptr, x_ptr, random_ptr, out_ptr, n: tl.int64, size0: tl.int64, size1: tl.int64, size2: tl.int64,
+    stride0: tl.int64, stride1: tl.int64, stride2: tl.int64, stride3: tl.int64, walk: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+):  # fmt: skip
+    """quantize and, where out is uint8, encode: n elements in memory order, a block a program."""
+    base, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
+    strides = (stride0, stride1, stride2, stride3)
+    if base + (rows - 1) * row_stride + columns <= n:  # without a mask, accesses are of 16 bytes whatever n is
+        project_block(
+            x_ptr, scale_ptr, random_ptr, out_ptr, base, row_stride, None, sizes, strides, walk, rows, columns,
+            format, saturation, rounding,
+        )  # fmt: skip
+    else:
+        project_block(
+            x_ptr, scale_ptr, random_ptr, out_ptr, base, row_stride, n, sizes, strides, walk, rows, columns,
+            format, saturation, rounding,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def decode_kernel(
+    scale_ptr, codes_ptr, out_ptr, n: tl.int64, size0: tl.int64, size1: tl.int64, size2: tl.int64,
+    stride0: tl.int64, stride1: tl.int64, stride2: tl.int64, stride3: tl.int64, walk: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr,
+):  # fmt: skip
+    """decode: n codes in memory order, a block a program."""
+    base, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
+    strides = (stride0, stride1, stride2, stride3)
+    if base + (rows - 1) * row_stride + columns <= n:
+        decode_block(
+            codes_ptr, scale_ptr, out_ptr, base, row_stride, None, sizes, strides, walk, rows, columns, format
+        )  # fmt: skip
+    else:
+        decode_block(codes_ptr, scale_ptr, out_ptr, base, row_stride, n, sizes, strides, walk, rows, columns, format)

@@ -1,0 +1,370 @@
+"""CUDA: the bits of the definition, every layout of scale, no synchronization; without a GPU, Triton's interpreter.
+
+Tests named ``interpreted`` run the kernels on the CPU, in the process that ``test_interpreter`` starts.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    FORMATS,
+    all_inputs,
+    assert_same_bits,
+    near_ties,
+    random_bit_patterns,
+    reference_encode,
+    reference_quantize,
+)
+
+from altgrad.quantization import E4M3, E5M2, E7M0, resolve
+from ops_registry import aten, cuda
+from ops_registry.checks import ROUNDINGS, SATURATIONS
+
+altgrad = torch.ops.altgrad
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
+EDGES = [
+    resolve(name)
+    for name in ("E0M7", "E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e4m0b8fnuz", "e0m7b20f", "e3m2b-60f", "e2m2b100f")
+]
+SCALED = "E4M3", "E5M2", "E7M0", "E4M3FNUZ"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None or INTERPRETS, reason="needs triton")
+def test_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout, run.stdout
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow in the arithmetic of the kernel
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_interpreted_rounding(f):
+    ties = near_ties(f)
+    for rounding in ROUNDINGS:
+        for saturation in SATURATIONS if f.name in SCALED else SATURATIONS[:1]:
+            for scale in map(torch.tensor, (1.0, 0.37) if f.name in SCALED else (1.0,)):
+                x, modes = ties * scale, (saturation, rounding)  # quotients at a tie or next to it
+                want = reference_quantize(f, x, scale, *modes)
+                assert_same_bits(cuda.quantize(x, scale, f.name, *modes), want, x)
+                want = reference_encode(f, x, scale, *modes)
+                assert_same_bits(cuda.encode(x, scale, f.name, *modes), want, x)
+    codes = torch.arange(256, dtype=torch.uint8)
+    assert_same_bits(cuda.decode(codes, scale, f.name), aten.decode(codes, scale, f.name))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)
+def test_interpreted_dtypes_and_random_bits(f):
+    x = near_ties(f, torch.float64)
+    one = torch.tensor(1.0)
+    for rounding in ROUNDINGS:
+        assert_same_bits(
+            cuda.quantize(x, one, f.name, "none", rounding), reference_quantize(f, x, one, "none", rounding)
+        )
+        # The interpreter's casts to bfloat16 truncate and those from it flush subnormals: with scale 1 all are exact.
+        for dtype in (torch.float16, torch.bfloat16):
+            narrow = near_ties(f).to(dtype)
+            narrow = narrow[(narrow == 0) | ~(narrow.abs() < torch.finfo(dtype).tiny)]
+            assert_same_bits(
+                cuda.quantize(narrow, one, f.name, "propagate", rounding),
+                reference_quantize(f, narrow, one, "propagate", rounding),
+            )
+    x = near_ties(f)
+    for dtype in (torch.uint8, torch.int32):
+        bits = torch.randint(0, 256 if dtype == torch.uint8 else 1 << 24, x.shape, dtype=dtype)
+        want = aten.quantize_stochastic(x, one, bits, f.name)
+        assert_same_bits(cuda.quantize_stochastic(x, one, bits, f.name), want, x)
+        want = aten.encode_stochastic(x, one, bits, f.name)
+        assert_same_bits(cuda.encode_stochastic(x, one, bits, f.name), want, x)
+
+
+def _layouts():
+    """(x, scale) that reach every way in which a kernel walks along scale."""
+    generator = torch.Generator().manual_seed(0)
+
+    def x(*shape):
+        return torch.randn(shape, generator=generator) * 10
+
+    def scale(*shape):
+        return torch.rand(shape, generator=generator) + 0.5
+
+    return {
+        "one": (x(5, 7), scale()),
+        "odd size": (x(2049), scale(1)),
+        "row": (x(3, 4096), scale(3, 1)),
+        "short rows": (x(7, 33), scale(7, 1)),
+        "column": (x(7, 33), scale(33)),
+        "columns in tiles": (x(9, 3072), scale(3072)),
+        "full": (x(7, 333), scale(7, 333)),
+        "full, transposed": (x(70, 100), scale(100, 70).t()),
+        "channels": (x(2, 3, 40, 50), scale(3, 1, 1)),
+        "channels last": (x(2, 3, 16, 16).to(memory_format=torch.channels_last), scale(3, 1, 1)),
+        "inner dimension": (x(3, 5, 64), scale(5, 1)),
+        "outer and column": (x(3, 4, 1024), scale(3, 1, 1024)),
+        "blocks": (x(8, 16, 32), scale(8, 16, 1)),
+        "blocks in two dimensions": (x(4, 6, 8, 2, 16), scale(4, 1, 8, 1, 1)),
+        "beyond the kernels": (x(2, 3, 4, 5, 6, 7), scale(2, 1, 4, 1, 6, 1)),
+        "transposed": (x(64, 128).t(), scale(128, 1)),
+        "strided scale": (x(6000), scale(12000)[::2]),
+        "expanded scale": (x(8, 2048), scale(8, 1).expand(8, 2048)),
+        "sliced": (x(10, 20)[:, ::2], scale(10)),
+        "expanded": (x(10, 1).expand(10, 20), scale(20)),
+        "unaligned": (x(5001)[1:], scale()),
+        "unaligned scale": (x(5, 2048), scale(2049)[1:]),
+        "empty": (x(0, 7), scale(7)),
+    }
+
+
+def check_layout(x, scale, random_bits, device):
+    """The kernels for x on device against the aten formulas on the CPU, bits and strides."""
+    codes = (x.abs() * 10).to(torch.uint8)
+    for name, first, *arguments in (
+        ("quantize", x, "E4M3"),
+        ("encode", x, "E4M3"),
+        ("quantize_stochastic", x, random_bits, "E4M3"),
+        ("decode", codes, "E4M3"),
+    ):
+        moved = [_move(t, device) if isinstance(t, torch.Tensor) else t for t in (first, scale, *arguments)]
+        got = getattr(cuda, name)(*moved)
+        want = aten.with_layout_of_input(aten.FORMULAS[name])(first, scale, *arguments)
+        assert got.stride() == want.stride()
+        assert_same_bits(got, want)
+
+
+def _move(tensor, device):
+    """tensor on device with its strides and storage offset."""
+    storage = tensor.as_strided((tensor.untyped_storage().size() // tensor.element_size(),), (1,), 0).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("layout", _layouts())
+def test_interpreted_layouts(layout):
+    x, scale = _layouts()[layout]
+    check_layout(x, scale, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", _layouts())
+def test_layouts(layout):
+    x, scale = _layouts()[layout]
+    check_layout(x, scale, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_near_ties(f):
+    ties = near_ties(f)
+    for rounding in ROUNDINGS:
+        for saturation in SATURATIONS if f in EDGES else SATURATIONS[:1]:
+            for scale in map(torch.tensor, (1.0, 0.37) if f.name in SCALED else (1.0,)):
+                x, arguments = ties * scale, (saturation, rounding)
+                got = altgrad.quantize(x.cuda(), scale.cuda(), f.name, *arguments)
+                assert_same_bits(got, reference_quantize(f, x, scale, *arguments), x)
+                got = altgrad.encode(x.cuda(), scale, f.name, *arguments)  # and a scale on the CPU
+                assert_same_bits(got, reference_encode(f, x, scale, *arguments), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)
+def test_dtypes(f, dtype):
+    x = near_ties(f, dtype) if dtype == torch.float64 else all_inputs(dtype)
+    for scale in (1.0, 0.37, 3e-39):
+        scale = torch.tensor(scale, dtype=torch.float64)
+        assert_same_bits(altgrad.quantize(x.cuda(), scale.cuda(), f.name), reference_quantize(f, x, scale), x)
+        assert_same_bits(altgrad.encode(x.cuda(), scale.cuda(), f.name), reference_encode(f, x, scale), x)
+        codes = torch.arange(256, dtype=torch.uint8)
+        got = altgrad.decode(codes.cuda(), scale.cuda(), f.name, dtype)
+        assert_same_bits(got, aten.decode(codes, scale, f.name, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)
+def test_random_bits(f):
+    x, scale = torch.cat([near_ties(f), random_bit_patterns(50_000)]), torch.tensor(0.37)
+    for dtype in (torch.uint8, torch.int32):
+        bits = torch.randint(0, 256 if dtype == torch.uint8 else 1 << 24, x.shape, dtype=dtype)
+        for name in ("quantize_stochastic", "encode_stochastic"):
+            got = getattr(altgrad, name)(x.cuda(), scale.cuda(), bits.cuda(), f.name, "none")
+            assert_same_bits(got, aten.FORMULAS[name](x, scale, bits, f.name, "none"), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("scale", [6.0, 0.37, 3.141592653589793 / 1000, 2.0**-9, 1e-42])
+def test_compiled(rounding, scale):
+    """Inductor's kernel against Triton's, on every exponent; 3 * 2^-149 / 6 is a tie of subnormals."""
+    x = torch.cat([random_bit_patterns(1 << 20), torch.arange(-4096, 4096, dtype=torch.int32).view(torch.float32)])
+    x, scale = x.cuda(), torch.tensor(scale).cuda()
+    for f in (E4M3, E5M2, E7M0, resolve("e2m2b124f")):
+        for name in ("quantize", "encode"):
+            op = getattr(altgrad, name)
+            compiled = torch.compile(lambda x, scale: op(x, scale, f.name, "propagate", rounding), fullgraph=True)  # noqa: B023
+            assert_same_bits(compiled(x, scale), op(x, scale, f.name, "propagate", rounding), x)
+        torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+def test_nothing_synchronizes():
+    x, codes = torch.randn(64, 64, device="cuda"), torch.zeros(64, 64, dtype=torch.uint8, device="cuda")
+    scales = torch.tensor(0.5, device="cuda"), torch.rand(64, 1, device="cuda"), torch.tensor(0.5)
+    bits = torch.zeros(64, 64, dtype=torch.uint8, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for scale in scales:
+            altgrad.quantize(x, scale, "E4M3")
+            altgrad.quantize_stochastic(x, scale, bits, "E4M3")
+            altgrad.encode(x, scale, "E4M3")
+            altgrad.encode_stochastic(x, scale, bits, "E4M3")
+            altgrad.decode(codes, scale, "E4M3")
+            altgrad.dequantize(x, scale)
+        with pytest.raises(RuntimeError):
+            scales[0].item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    x, scale = torch.randn(1000, device="cuda"), torch.rand(1000, device="cuda") + 0.5
+    altgrad.quantize(x, scale, "E4M3")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = altgrad.quantize(x, scale, "E4M3")
+    x.copy_(torch.randn(1000))
+    graph.replay()
+    assert_same_bits(y, aten.quantize(x.cpu(), scale.cpu(), "E4M3"))
+
+
+@pytest.mark.gpu
+def test_current_stream():
+    """A kernel on the current stream waits for what is in it; on another one it would read x too early."""
+    x, scale = torch.zeros(1 << 20, device="cuda"), torch.ones((), device="cuda")
+    altgrad.quantize(x, scale, "E4M3")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(3.3)
+        y = altgrad.quantize(x, scale, "E4M3")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits(y, torch.full((1 << 20,), 3.25))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device():
+    x, scale = torch.randn(5000), torch.rand(5000) + 0.5
+    assert torch.cuda.current_device() == 0
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        y = altgrad.quantize(x.to(device), scale.to(device), "E4M3")
+        assert y.device == torch.device(device)
+        assert_same_bits(y, aten.quantize(x, scale, "E4M3"))
+        assert_same_bits(
+            altgrad.encode(x.to(device), torch.tensor(0.5), "E4M3"), aten.encode(x, torch.tensor(0.5), "E4M3")
+        )
+    with pytest.raises(RuntimeError, match="device"):
+        altgrad.quantize(x.to("cuda:1"), scale.to("cuda:0"), "E4M3")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [1, 1 << 20])
+def test_more_than_2_31_elements(columns):
+    n = (1 << 31) + 3 * (1 << 20)
+    x = torch.full((n // columns, columns), 3.3, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1] = 5.3
+    scale = torch.ones(n // columns, 1, device="cuda") if columns > 1 else torch.ones((), device="cuda")
+    y = altgrad.encode(x, scale, "E4M3")
+    want = aten.encode(torch.tensor([3.3, 5.3], dtype=torch.bfloat16), torch.tensor(1.0), "E4M3").tolist()
+    assert (y.view(-1)[:-1] == want[0]).all()
+    assert y.view(-1)[-1] == want[1] != want[0]
+
+
+class Model(torch.nn.Module):
+    def forward(self, x, scale):
+        codes = altgrad.encode(x, scale, "E4M3")
+        # Not their sum: it would contract with the product that ends quantize, as sums of products do in Inductor.
+        return torch.maximum(altgrad.quantize(x, scale, "E5M2"), altgrad.decode(codes, scale, "E4M3"))
+
+
+@pytest.fixture
+def example():
+    x = torch.randn(128, 256, device="cuda") * 10
+    return x, torch.rand(128, 1, device="cuda") + 0.5
+
+
+@pytest.mark.gpu
+def test_export(example, tmp_path):
+    program = torch.export.export(Model(), example)
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert_same_bits(torch.export.load(tmp_path / "model.pt2").module()(*example), Model()(*example))
+
+
+@pytest.mark.gpu
+def test_aot_inductor(example, tmp_path):
+    """In a process of its own, which does not import the package."""
+    program = torch.export.export(Model(), example)
+    program = program.run_decompositions(decompose_custom_triton_ops=True)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.save(example, tmp_path / "example")
+    load = (
+        "import torch; y = torch._inductor.aoti_load_package('model.pt2')(*torch.load('example')); torch.save(y, 'y')"
+    )
+    subprocess.run([sys.executable, "-c", load], cwd=tmp_path, check=True)
+    assert_same_bits(torch.load(tmp_path / "y"), Model()(*example))
+
+
+@pytest.mark.gpu
+def test_reduce_overhead(example):
+    compiled = torch.compile(Model(), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        assert_same_bits(compiled(*example), Model()(*example))
+        example[0].add_(1)
+
+
+@pytest.mark.gpu
+def test_fusion_leaves_no_opaque_call():
+    from torch._inductor.utils import run_and_get_code
+
+    x, w = (torch.randn(128, 128, device="cuda", requires_grad=True) for _ in range(2))
+    scale = torch.tensor(0.37, device="cuda")
+    compiled = torch.compile(lambda x, w: torch.relu(altgrad.quantize(x @ w, scale, "E4M3")), fullgraph=True)
+    _, codes = run_and_get_code(lambda: compiled(x, w).sum().backward())
+    assert len(codes) == 2
+    assert not any(
+        "altgrad" in line for code in codes for line in code.splitlines() if ".run(" in line or "ops." in line
+    )
+    assert not any("torch.ops.altgrad" in code for code in codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    x = torch.randn(12, 16, device="cuda").to(dtype)
+    codes, bits = (
+        torch.zeros(12, 16, dtype=torch.uint8, device="cuda"),
+        torch.zeros(12, 16, dtype=torch.int32, device="cuda"),
+    )
+    for scale in (torch.rand((), device="cuda") + 0.5, torch.rand(12, 1, device="cuda") + 0.5, torch.tensor(0.5)):
+        torch.library.opcheck(altgrad.quantize.default, (x.clone().requires_grad_(), scale, "E4M3"))
+        torch.library.opcheck(altgrad.quantize_stochastic.default, (x, scale, bits, "E4M3"))
+        torch.library.opcheck(altgrad.encode.default, (x.t().contiguous().t(), scale, "E4M3"))
+        torch.library.opcheck(altgrad.decode.default, (codes, scale, "E4M3", dtype))
+
+
+@pytest.mark.gpu
+def test_aten_serves_where_triton_is_missing(monkeypatch):
+    x, scale = torch.randn(100).cuda(), torch.tensor(0.37).cuda()
+    monkeypatch.setattr(cuda, "kernels", lambda: None)
+    assert_same_bits(altgrad.quantize(x, scale, "E4M3"), aten.quantize(x.cpu(), scale.cpu(), "E4M3"))
