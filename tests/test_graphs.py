@@ -25,22 +25,28 @@ class TestGraphs(TestCase):
     def test_exported_layer(self):
         args = torch.randn(4, 3), torch.randn(3, 2), torch.tensor(1.0)
         program = torch.export.export(Layer(), args)
-        self.assertExpectedInline(readable(program.graph_module), """\
+        self.assertExpectedInline(
+            readable(program.graph_module),
+            """\
 def forward(self, x, w, scale):
     quantize = torch.ops.altgrad.quantize.default(x, scale, 'E5M2');  x = scale = None
     full = torch.ops.aten.full.default([], 0.5, dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
     quantize_1 = torch.ops.altgrad.quantize.default(w, full, 'E4M3');  w = full = None
     matmul = torch.ops.aten.matmul.default(quantize, quantize_1);  quantize = quantize_1 = None
     relu = torch.ops.aten.relu.default(matmul);  matmul = None
-    return (relu,)""")
+    return (relu,)""",
+        )
 
     def test_exported_codec(self):
         program = torch.export.export(Codec(), (torch.randn(4, 3), torch.tensor(1.0)))
-        self.assertExpectedInline(readable(program.graph_module), """\
+        self.assertExpectedInline(
+            readable(program.graph_module),
+            """\
 def forward(self, x, scale):
     encode = torch.ops.altgrad.encode.default(x, scale, 'E4M3', 'none');  x = None
     decode = torch.ops.altgrad.decode.default(encode, scale, 'E4M3', torch.bfloat16);  encode = scale = None
-    return (decode,)""")
+    return (decode,)""",
+        )
 
     def joint_graphs(self, f, *args):
         graphs = []
@@ -55,7 +61,9 @@ def forward(self, x, scale):
 
     def test_aot_graphs_of_quantize(self):
         x = torch.randn(4, requires_grad=True)
-        self.assertExpectedInline(self.joint_graphs(lambda x: quantize(x, E5M2, 0.5) * 2, x), """\
+        self.assertExpectedInline(
+            self.joint_graphs(lambda x: quantize(x, E5M2, 0.5) * 2, x),
+            """\
 def forward(self, primals_1):
     full = torch.ops.aten.full.default([], 0.5, dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
     div = torch.ops.aten.div.Tensor(primals_1, full)
@@ -80,4 +88,5 @@ def forward(self, primals_1):
     return (mul_4,)
 def forward(self, tangents_1):
     mul_5 = torch.ops.aten.mul.Tensor(tangents_1, 2);  tangents_1 = None
-    return (mul_5,)""")
+    return (mul_5,)""",
+        )
