@@ -1,11 +1,18 @@
 """What the tests share: the formats, the devices, inputs that break roundings, and the comparison of bits."""
 
+import os
+import tempfile
+
 import numpy as np
 import pytest
 import reference
 import torch
 
 from altgrad.quantization import FORMAT_REGISTRY, resolve
+
+# A run must never pass on code that an earlier state of the package compiled.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="altgrad-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 NAMED = list(FORMAT_REGISTRY.values())
 # Every combination of specials, and every edge of the grammar: no exponent, no mantissa, one bit of each, far biases.
