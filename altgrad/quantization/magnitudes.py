@@ -13,10 +13,15 @@ def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     dtype = compute_dtype(x.dtype)
     if x.numel() == 0:
         return x.new_zeros([1 if dim in dims else size for dim, size in enumerate(x.shape)], dtype=dtype)
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(x, math.inf, dims, keepdim=True).to(dtype)
-    # On a CPU two reads are faster than writing |x|, and than the norm's loop. abs turns -0 into 0.
-    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)).abs().to(dtype)
+    # On a CPU, where the norm's loop is slow, and writing |x| is too. Few elements a group take torch one by one, so
+    # the two ends of them together.
+    if len(dims) == 1 and x.shape[dims[0]] < 32:
+        least, most = torch.aminmax(x, dim=dims[0], keepdim=True)
+    else:
+        least, most = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    return torch.maximum(most, -least).abs().to(dtype)  # abs: of -0
 
 
 def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
