@@ -1,0 +1,493 @@
+"""The C kernels: the bits of the definition on every instruction set, in any layout, state, thread and process."""
+
+import concurrent.futures
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import (
+    DTYPES,
+    FORMATS,
+    NAMED,
+    all_inputs,
+    assert_same_bits,
+    near_ties,
+    random_bit_patterns,
+    reference_encode,
+    reference_quantize,
+)
+
+from ops_registry import aten, cpu
+from ops_registry.checks import RANDOM_BITS, ROUNDINGS, SATURATIONS
+
+ROOT = Path(__file__).parent.parent
+needs_library = pytest.mark.skipif(cpu.backend() == "aten", reason="needs the C kernels")
+ag = torch.ops.altgrad
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline", "aten"])
+def kernels(request):
+    """The module that holds the kernels: cpu with one instruction set selected, or aten."""
+    if request.param == "aten":
+        yield aten
+        return
+    if cpu.backend() == "aten" or cpu.select(cpu._native, request.param) is None:
+        pytest.skip(f"needs the C kernels and a CPU with {request.param}")
+    yield cpu
+    cpu.select(cpu._native, cpu.backend())
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread, or as many as a test's parameter says: waiting for a second one takes longer than a small tensor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(getattr(request, "param", 1))
+    yield
+    torch.set_num_threads(before)
+
+
+with_two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
+
+
+def inputs_of(f, dtype):
+    if dtype.itemsize == 2:
+        return all_inputs(dtype)[f.max_code % 11 :: 11]
+    if dtype == torch.float32:
+        return torch.cat([near_ties(f), random_bit_patterns(2000)])
+    return torch.cat([near_ties(f, dtype), random_bit_patterns(2000).double()])
+
+
+def random_bits_like(x, dtype, generator):
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max, x.shape, dtype=dtype, generator=generator)
+
+
+# --- Bits -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_roundings(kernels, f):
+    generator = torch.Generator().manual_seed(f.max_code)
+    for dtype in DTYPES:
+        x = inputs_of(f, dtype)
+        # Each of the modes meets each kind of scale in some format and dtype.
+        scales = [torch.tensor(1.0), torch.tensor(0.37, dtype=torch.float64), torch.rand(x.shape, generator=generator)]
+        for i, saturation in enumerate(SATURATIONS):
+            for j, rounding in enumerate(ROUNDINGS):
+                s = scales[(i + j + f.max_code) % 3]
+                want = reference_quantize(f, x, s, saturation, rounding)
+                assert_same_bits(kernels.quantize(x, s, f.name, saturation, rounding), want, x)
+                want = reference_encode(f, x, s, saturation, rounding)
+                assert_same_bits(kernels.encode(x, s, f.name, saturation, rounding), want, x)
+            for j, (bits_dtype, n) in enumerate(RANDOM_BITS.items()):
+                s = scales[(i + j + f.max_code) % 3]
+                bits = random_bits_like(x, bits_dtype, generator)
+                given = saturation, "stochastic", (bits & ((1 << n) - 1)).numpy(), n
+                want = reference_quantize(f, x, s, *given)
+                assert_same_bits(kernels.quantize_stochastic(x, s, bits, f.name, saturation), want, x)
+                want = reference_encode(f, x, s, *given)
+                assert_same_bits(kernels.encode_stochastic(x, s, bits, f.name, saturation), want, x)
+
+
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_decode(kernels, f):
+    codes = torch.arange(256, dtype=torch.uint8)
+    for dtype in DTYPES:
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        for scale in (torch.tensor(1.0), torch.tensor(0.37, dtype=torch.float16), torch.rand(256) * 1e-30):
+            want = torch.from_numpy(reference.decode(f, codes.numpy(), scale.to(compute).numpy())).to(dtype)
+            assert_same_bits(kernels.decode(codes, scale, f.name, dtype), want, codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize(kernels, dtype):
+    x = inputs_of(NAMED[0], dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for scale in (torch.tensor(0.37), torch.rand(x.shape, dtype=torch.float64), torch.tensor(1e5)):
+        want = (x.to(compute) * scale.to(compute)).to(dtype)
+        assert_same_bits(kernels.dequantize(x, scale), want, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_conversions(kernels, dtype):
+    """All 16-bit numbers go in and come out; float32 numbers next to every tie of theirs are rounded to even."""
+    x = all_inputs(dtype)
+    one = torch.tensor(1.0)
+    assert_same_bits(kernels.dequantize(x, one), x)
+    assert_same_bits(kernels.dequantize(x, torch.tensor(1 / 3)), (x.float() * torch.tensor(1 / 3)).to(dtype), x)
+    # value(64) of e7m0b64f is 1, so decode gives float32 scales in the narrow dtype.
+    codes = torch.full((1 << 18,), 64, dtype=torch.uint8)
+    scale = torch.cat([x.float(), random_bit_patterns(3 << 16)]).abs()
+    ties = (scale.view(torch.int32) + (0x1000 if dtype == torch.float16 else 0x8000)).view(torch.float32)
+    for s in (scale, ties, ties.nextafter(torch.tensor(0.0)), ties.nextafter(torch.tensor(torch.inf))):
+        assert_same_bits(kernels.decode(codes, s, "e7m0b64f", dtype), s.to(dtype), s)
+
+
+@needs_library
+def test_sizes_and_guards(kernels):
+    """No tail is wrong, no alignment matters, and nothing outside the output is written."""
+    if kernels is aten:
+        pytest.skip("aten writes no buffer of ours")
+    source = torch.linspace(-20, 20, 96)
+    one = torch.tensor(0.5)
+    for dtype in DTYPES:
+        for n in range(71):
+            offset = n % 7
+            x = source.to(dtype)[offset : offset + n]
+            for operation, out_dtype, want in (
+                (cpu._QUANTIZE, dtype, lambda x: aten.quantize(x, one, "E3M4")),
+                (cpu._ENCODE, torch.uint8, lambda x: aten.encode(x, one, "E3M4")),
+            ):
+                guarded = torch.full((n + 64,), 77, dtype=out_dtype)
+                out = guarded[offset + 1 : offset + 1 + n]
+                cpu._run(cpu._plan(operation, dtype, torch.float32, out_dtype, "E3M4"), out, x, one)
+                assert_same_bits(out, want(x), x)
+                outside = torch.cat([guarded[: offset + 1], guarded[offset + 1 + n :]])
+                assert (outside == 77).all()
+            codes = torch.arange(n + offset, dtype=torch.uint8)[offset:]
+            assert_same_bits(cpu.decode(codes, one, "E3M4", dtype), aten.decode(codes, one, "E3M4", dtype))
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+def random_view(rng, shape):
+    """A view of the shape: permuted, sliced or expanded, dense or not."""
+    order = rng.sample(range(len(shape)), len(shape))
+    steps = [rng.choice([1, 1, 1, 2]) for _ in shape]
+    base = torch.randn([1 if rng.random() < 0.1 else shape[d] * steps[d] for d in order])
+    x = base.permute([order.index(d) for d in range(len(shape))])
+    return x[tuple(slice(None, None, step) for step in steps)].expand(shape)
+
+
+def check_call(x, scale, bits):
+    codes = (torch.arange(x.numel()) % 256).to(torch.uint8).view(x.shape)
+    codes = torch.empty_like(x, dtype=torch.uint8).copy_(codes)
+    for name, args in (
+        ("quantize", (x, scale, "E4M3")),
+        ("encode", (x, scale, "E4M3")),
+        ("decode", (codes, scale, "E4M3", x.dtype)),
+        ("dequantize", (x, scale)),
+        ("quantize_stochastic", (x, scale, bits, "E4M3")),
+        ("encode_stochastic", (x, scale, bits, "E4M3")),
+    ):
+        got, first = getattr(cpu, name)(*args), args[0]
+        assert got.stride() == torch.empty_like(first).stride()
+        assert_same_bits(got, aten.FORMULAS[name](*args), first)
+
+
+@needs_library
+@pytest.mark.parametrize("seed", range(20))
+def test_random_layouts(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(10):
+        shape = [rng.choice([1, 2, 3, 5, 32, 67]) for _ in range(rng.randint(0, 4))]
+        while torch.Size(shape).numel() > 50_000:
+            shape.pop()
+        x = random_view(rng, shape).to(rng.choice(DTYPES))
+        scale = random_view(rng, [rng.choice([1, n]) for n in shape][rng.randint(0, len(shape)) :]).abs() + 0.1
+        bits = (random_view(rng, shape) * 1e9).to(rng.choice([torch.int32, torch.uint8]))
+        check_call(x, scale.to(rng.choice(DTYPES)), bits)
+
+
+SCALES = {
+    "scalar": lambda n, m: torch.tensor(0.37),
+    "one element": lambda n, m: torch.full((1, 1), 0.37),
+    "columns": lambda n, m: torch.rand(m) + 0.5,
+    "rows": lambda n, m: torch.rand(n, 1) + 0.5,
+    "blocks of 32": lambda n, m: (torch.rand(n, m // 32, 1) + 0.5).expand(n, m // 32, 32).reshape(n, m),
+    "every element": lambda n, m: torch.rand(n, m) + 0.5,
+}
+
+
+@needs_library
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("shape", [(2, 96), (70, 1024), (3, 7_000), (300, 64)])
+def test_scale_layouts(name, shape):
+    """Rows below, at and above the size of a chunk."""
+    torch.manual_seed(0)
+    n, m = shape
+    m -= m % 32
+    bits = torch.randint(0, 1 << 24, (n, m), dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(n, m, dtype=dtype)
+        scale = SCALES[name](n, m)
+        check_call(x, scale, bits)
+        check_call(x.t().contiguous().t(), scale, bits)  # in memory, rows and columns change places
+
+
+@needs_library
+@with_two_threads
+def test_blocks_and_channels(threads):
+    """Enough elements for two threads."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 40, 32)
+    check_call(x, torch.rand(64, 40, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
+    images = torch.randn(4, 3, 61, 67)
+    bits = torch.randint(0, 1 << 24, images.shape, dtype=torch.int32)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        check_call(images.to(memory_format=memory_format), torch.rand(3, 1, 1) + 0.5, bits)
+
+
+# --- State, threads and processes -------------------------------------------------------------------------------------
+
+LARGE = 300_000  # elements: more than a thread's worth
+
+
+def large_case():
+    x = random_bit_patterns(LARGE) * 1e-30
+    scale = torch.rand(LARGE) * 1e-36 + 1e-38
+    f = NAMED[0]
+    return x, scale, f, reference_quantize(f, x, scale)
+
+
+@needs_library
+@with_two_threads
+def test_flush_to_zero(threads):
+    """A caller who flushes subnormals gets the same results, on every thread, and goes on flushing."""
+    x, scale, f, want = large_case()
+    assert torch.set_flush_denormal(True)
+    try:
+        got = ag.quantize(x, scale, f.name)
+        codes = ag.encode(x[:100], scale[:100], f.name)
+        still_flushes = (torch.tensor([1e-40]) * 1).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(got, want, x)
+    assert_same_bits(codes, reference_encode(f, x[:100], scale[:100]), x[:100])
+    assert still_flushes
+
+
+@needs_library
+@pytest.mark.skipif(cpu.backend() == "baseline", reason="the number of the mode is that of x86")
+def test_rounding_mode_of_the_process():
+    libm = ctypes.CDLL(None)
+    upward = 0x800
+    x, scale, f, want = large_case()
+    x, scale, want = x[:1000], scale[:1000], want[:1000]
+    assert libm.fesetround(upward) == 0
+    try:
+        got = ag.quantize(x, scale, f.name)
+        mode = libm.fegetround()
+    finally:
+        libm.fesetround(0)
+    assert mode == upward
+    assert_same_bits(got, want, x)
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_number_of_threads(threads):
+    x, scale, f, want = large_case()
+    assert_same_bits(ag.quantize(x, scale, f.name), want, x)
+
+
+@needs_library
+@with_two_threads
+def test_concurrent_calls(threads):
+    cases = [(f, torch.randn(40_000 + i) * 3, torch.tensor(0.1 + i)) for i, f in enumerate(NAMED)]
+    wants = [aten.quantize(x, scale, f.name) for f, x, scale in cases]
+
+    def call(i):
+        f, x, scale = cases[i % len(cases)]
+        return ag.quantize(x, scale, f.name)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for i, got in enumerate(pool.map(call, range(8 * len(cases)))):
+            assert_same_bits(got, wants[i % len(cases)])
+
+
+@needs_library
+def test_lock_of_the_interpreter_is_released():
+    """Another thread counts during a call that is far shorter than the interval at which threads must take turns."""
+    x = torch.randn(1 << 23)
+    bits = torch.zeros(x.shape, dtype=torch.int32)
+    out = torch.empty_like(x)
+    plan = cpu._plan(cpu._QUANTIZE, x.dtype, x.dtype, x.dtype, "E4M3", "finite", "stochastic")
+    counted, stop = [0], threading.Event()
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+
+    thread, interval = threading.Thread(target=count), sys.getswitchinterval()
+    thread.start()
+    sys.setswitchinterval(0.5)
+    try:
+        time.sleep(0.001)  # this thread's turn begins
+        before = counted[0]
+        cpu._run(plan, out, x, torch.tensor(1.0), bits)
+        after = counted[0]
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert after > before
+
+
+def run_python(code, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+@needs_library
+def test_worker_process_after_fork():
+    """A DataLoader's worker is forked from a process whose threads have run, and has one thread."""
+    code = """
+import torch, altgrad
+from ops_registry import aten
+x = torch.randn(200_000)
+want = aten.quantize(x, torch.tensor(0.5), "E4M3")
+torch.set_num_threads(2)
+assert torch.equal(torch.ops.altgrad.quantize(x, torch.tensor(0.5), "E4M3"), want)
+
+class Quantized(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        assert torch.get_num_threads() == 1
+        return torch.ops.altgrad.quantize(x, torch.tensor(0.5), "E4M3")
+
+for batch in torch.utils.data.DataLoader(Quantized(), num_workers=2, multiprocessing_context="fork", timeout=60):
+    assert torch.equal(batch[0], want)
+print("done")
+"""
+    assert run_python(code) == "done"
+
+
+@needs_library
+def test_memory():
+    """Nothing the size of the input but the output: 32 MiB for 8 Mi numbers, also with a scale for each row."""
+    code = """
+import resource, torch, altgrad
+x, scale = torch.ones(4096, 2048), torch.ones(4096, 1)
+torch.ops.altgrad.quantize(x[:2], scale[:2], "E4M3")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+y = torch.ops.altgrad.quantize(x, scale, "E4M3")
+print(peak() - before)
+"""
+    assert int(run_python(code)) <= 34
+
+
+# --- Choice of the backend, and the build -----------------------------------------------------------------------------
+
+BACKEND = "import altgrad, ops_registry.cpu; print(ops_registry.cpu.backend())"
+
+
+def test_aten_serves_without_the_library():
+    code = BACKEND + "; import torch; print(torch.ops.altgrad.encode(torch.ones(2), torch.ones(()), 'E5M2').tolist())"
+    assert run_python(code, ALTGRAD_CPU_TARGET="aten").split("\n") == ["aten", "[60, 60]"]
+
+
+@needs_library
+@pytest.mark.parametrize("target", ["avx512", "avx2", "baseline"])
+def test_target_of_the_environment(target):
+    if cpu.select(cpu._native, target) is None:
+        pytest.skip(f"needs a CPU with {target}")
+    cpu.select(cpu._native, cpu.backend())
+    assert run_python(BACKEND, ALTGRAD_CPU_TARGET=target) == target
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(AssertionError, match="ImportError: ALTGRAD_CPU_TARGET=sse9"):
+        run_python(BACKEND, ALTGRAD_CPU_TARGET="sse9")
+
+
+def build(directory, *args, **environment):
+    """A copy of the package in directory, built in place."""
+    for package in ("ops_registry", "altgrad"):
+        shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "setup.py", directory)
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace", *args],
+        cwd=directory,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_build_without_a_compiler(tmp_path):
+    result = build(tmp_path, CC="/no/such/compiler")
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("ops_registry/*.so"))
+    assert run_python(BACKEND, PYTHONPATH=str(tmp_path)) == "aten"
+
+
+@needs_library
+@pytest.mark.slow
+def test_sanitizers(tmp_path):
+    """A build with ASan and UBSan runs the tests above clean."""
+    result = build(tmp_path, CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g")
+    assert result.returncode == 0, result.stderr
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    tests = (
+        "roundings or decode or dequantize or conversions or sizes or layouts or blocks or flush or threads or calls"
+    )
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"({tests}) and not aten"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        cwd=ROOT / "tests",
+        env={
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "LD_PRELOAD": runtime,
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "SANITIZED_PACKAGE": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_package_under_test():
+    """The run above tests the build that it was made for."""
+    assert str(cpu.__file__).startswith(os.environ.get("SANITIZED_PACKAGE", str(ROOT)))
+
+
+# --- All float32 numbers ----------------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.slow
+@with_two_threads
+@pytest.mark.parametrize("f", NAMED, ids=lambda f: f.name)
+def test_all_float32(f, threads):
+    """All 2^32 inputs: every instruction set, against the aten kernel on two threads."""
+    one = torch.tensor(1.0)
+    targets = [t for t in ("avx512", "avx2", "baseline") if cpu.select(cpu._native, t)]
+    try:
+        for start in range(-(1 << 31), 1 << 31, 1 << 24):
+            x = torch.arange(start, start + (1 << 24)).to(torch.int32).view(torch.float32)
+            want, codes = aten.quantize(x, one, f.name), aten.encode(x, one, f.name)
+            for target in targets:
+                cpu.select(cpu._native, target)
+                got = cpu.quantize(x, one, f.name)
+                same = (got.view(torch.int32) == want.view(torch.int32)) | (got.isnan() & want.isnan())
+                assert same.all(), (target, x[~same][:5])
+                same = cpu.encode(x, one, f.name) == codes
+                assert same.all(), (target, x[~same][:5])
+    finally:
+        cpu.select(cpu._native, cpu.backend())
