@@ -361,6 +361,19 @@ def test_on_a_gpu_nothing_synchronizes_and_bits_are_those_of_the_cpu(options):
         assert_same_bits(g, w)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [MXFP4, NVFP4, {"format": E4M3, "granularity": PerAxis(0)}, {"format": "e3m2b3f", "granularity": PerTensor()}],
+    ids=str,
+)
+def test_compiled_for_a_gpu_bits_are_those_of_the_cpu(options):
+    torch._dynamo.reset()
+    x = torch.cat([samples(8, 96), torch.zeros(1, 96), samples(1, 96) * 1e-36])
+    got = torch.compile(quantize_blocks, fullgraph=True)(x.cuda(), **options)
+    assert_same_bits(got, quantize_blocks(x, **options))
+
+
 def assert_compiles(granularities, options, dynamic):
     def f(x):
         results = [quantize(x, options["format"], compute_scale(x, granularity=g, **options)) for g in granularities]

@@ -20,6 +20,7 @@ POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
 _E8M0_BIAS = 127
 _E8M0_ZERO_BITS = 1 << 22  # 2^-127, the value of code 0, as a float32
 _MANTISSA = (1 << 23) - 1
+_HALF_STEPS = [1 << (22 - mantissa_bits) for mantissa_bits in range(8)]  # a list: a compiler may know no shift by it
 # What mse tries beside amax itself.
 _MSE_FACTORS = [2.0 ** (-step / 8) for step in range(1, 17)]
 _MSE_POWER_OF_TWO_FACTORS = [2.0, 0.5, 0.25]  # 2 because two of the rules clip
@@ -172,7 +173,7 @@ def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
         # The mantissa carries into the exponent, but for the subnormals up to 2^-127, the smallest scale.
         code = torch.where(bits <= _E8M0_ZERO_BITS, 0, (bits + _MANTISSA) >> 23)
     else:
-        carry = {"floor": 0, "ceil": _MANTISSA, "even": 1 << (22 - format.mantissa_bits)}[rule]
+        carry = {"floor": 0, "ceil": _MANTISSA, "even": _HALF_STEPS[format.mantissa_bits]}[rule]
         code = ((amax.view(torch.int32) + carry) >> 23) - (math.frexp(max_value)[1] - 1)
     code = code.clamp(0, 2 * _E8M0_BIAS)
     scale = torch.where(code == 0, _E8M0_ZERO_BITS, code << 23).view(torch.float32)
@@ -218,9 +219,13 @@ def _least_error(
 
 
 def resolve_format(format: FP8Format | str) -> FP8Format:
-    return format if isinstance(format, FP8Format) else resolve(format)
+    return format if isinstance(format, FP8Format) else _resolve(format)
+
+
+def _resolve(format: str) -> FP8Format:
+    return resolve(format)
 
 
 # What torch.compiler.assume_constant_result sets, without its import of the compiler: Dynamo then calls the function
 # instead of tracing it, and locks and regular expressions in it cannot be traced.
-resolve_format._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
