@@ -13,9 +13,9 @@ ag = torch.ops.altgrad
 ONE = torch.tensor(1.0)
 
 
-def variants(f):
+def variants(f, *backends):
     torch._dynamo.reset()
-    return [f, torch.compile(f, fullgraph=True), torch.compile(f, fullgraph=True, backend="aot_eager")]
+    return [f, *(torch.compile(f, fullgraph=True, backend=backend) for backend in backends or ["aot_eager"])]
 
 
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
@@ -39,7 +39,7 @@ def test_it_is_an_alias():
 
 def test_second_use_of_x():
     x = torch.randn(8, requires_grad=True)
-    for f in variants(lambda x: quantize(x, E5M2, 0.5) * 3 + x):
+    for f in variants(lambda x: quantize(x, E5M2, 0.5) * 3 + x, "aot_eager", "inductor"):
         (got,) = torch.autograd.grad(f(x).sum(), x)
         assert_same_bits(got, torch.full((8,), 4.0))
 

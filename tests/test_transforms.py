@@ -28,17 +28,19 @@ def one_by_one(f, in_dims, *args):
     return torch.stack([f(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(batch)])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+PLACEMENTS = [  # shapes of x and of scale, and where their batch dimensions are
+    ((3, 4, 5), (), (0, None)),
+    ((4, 5, 3), (5,), (2, None)),
+    ((4, 5), (3,), (None, 0)),
+    ((4, 5), (5, 3), (None, 1)),
+    ((3, 4, 5), (3,), (0, 0)),
+    ((4, 3, 5), (4, 1, 3), (1, 2)),
+]
+
+
 @pytest.mark.parametrize(
-    ("x_shape", "scale_shape", "in_dims"),
-    [
-        ((3, 4, 5), (), (0, None)),
-        ((4, 5, 3), (5,), (2, None)),
-        ((4, 5), (3,), (None, 0)),
-        ((4, 5), (5, 3), (None, 1)),
-        ((3, 4, 5), (3,), (0, 0)),
-        ((4, 3, 5), (4, 1, 3), (1, 2)),
-    ],
+    ("x_shape", "scale_shape", "in_dims", "compiled"),
+    [*((*p, False) for p in PLACEMENTS), *((*p, True) for p in (PLACEMENTS[1], PLACEMENTS[3], PLACEMENTS[5]))],
 )
 def test_vmap_of_every_operator(x_shape, scale_shape, in_dims, compiled):
     if compiled:
