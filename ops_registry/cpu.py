@@ -47,7 +47,7 @@ class _Plan(ctypes.Structure):
         ("random_bits", ctypes.c_int32),
         ("mantissa_bits", ctypes.c_int32),
         ("min_exponent", ctypes.c_int32),
-        ("sign_code", ctypes.c_int32),
+        ("sign_bit", ctypes.c_int32),
         ("max_code", ctypes.c_int32),
         ("nan_code", ctypes.c_int32),
         ("has_inf", ctypes.c_int32),
@@ -131,7 +131,7 @@ def _plan(
         random_bits=RANDOM_BITS[random_dtype],
         mantissa_bits=f.mantissa_bits,
         min_exponent=f.min_exponent,
-        sign_code=f.sign_code,
+        sign_bit=f.bits - 1,
         max_code=f.max_code,
         nan_code=nan_code,
         has_inf=f.has_inf,
@@ -148,39 +148,14 @@ def _run(plan: Any, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor |
     n = out.numel()
     if n == 0:
         return out
-    random_pointer, dims = None, list[int]()
-    strides = x.stride()
-    is_flat = scale.numel() == 1 and strides == out.stride()
-    if random_bits is not None:
-        random_pointer = random_bits.data_ptr()
-        is_flat = is_flat and random_bits.stride() == strides
-    if not is_flat:
-        dims = _dims(out, x, scale.expand(x.shape), x if random_bits is None else random_bits)
-    _native.altgrad_run(
-        plan,
-        n,
-        out.data_ptr(),
-        x.data_ptr(),
-        scale.data_ptr(),
-        random_pointer,
-        len(dims) // 4,
-        (ctypes.c_int64 * len(dims))(*dims) if dims else None,
-    )
+    random = x if random_bits is None else random_bits
+    strides, ndim, layout = x.stride(), 0, None
+    if scale.numel() != 1 or strides != out.stride() or strides != random.stride():
+        ndim = x.ndim
+        rows = (*x.shape, *out.stride(), *strides, *scale.expand(x.shape).stride(), *random.stride())
+        layout = (ctypes.c_int64 * len(rows))(*rows)
+    _native.altgrad_run(plan, n, out.data_ptr(), x.data_ptr(), scale.data_ptr(), random.data_ptr(), ndim, layout)
     return out
-
-
-def _dims(out: Tensor, *operands: Tensor) -> list[int]:
-    """Size and operands' strides of each dimension, from the outermost in out's memory; ones that continue merged."""
-    rows: list[tuple[int, ...]] = []
-    strides = [operand.stride() for operand in operands]
-    for _, size, *inner in sorted(zip(out.stride(), out.shape, *strides, strict=True), reverse=True):
-        if size == 1:
-            continue
-        if rows and all(outer == stride * size for outer, stride in zip(rows[-1][1:], inner, strict=True)):
-            rows[-1] = (rows[-1][0] * size, *inner)
-        else:
-            rows.append((size, *inner))
-    return [number for row in rows for number in row]
 
 
 def quantize(

@@ -310,7 +310,7 @@ def test_concurrent_calls(threads):
 @needs_library
 def test_lock_of_the_interpreter_is_released():
     """Another thread counts during a call that is far shorter than the interval at which threads must take turns."""
-    x = torch.randn(1 << 23)
+    x, one = torch.randn(1 << 23), torch.tensor(1.0)
     bits = torch.zeros(x.shape, dtype=torch.int32)
     out = torch.empty_like(x)
     plan = cpu._plan(cpu._QUANTIZE, x.dtype, x.dtype, x.dtype, "E4M3", "finite", "stochastic")
@@ -326,7 +326,7 @@ def test_lock_of_the_interpreter_is_released():
     try:
         time.sleep(0.001)  # this thread's turn begins
         before = counted[0]
-        cpu._run(plan, out, x, torch.tensor(1.0), bits)
+        cpu._run(plan, out, x, one, bits)
         after = counted[0]
     finally:
         sys.setswitchinterval(interval)

@@ -54,11 +54,44 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
     return NULL;
 }
 
-/* Runs a plan on tensors of n elements. ndim = 0: x and random lie as out does, and scale is one element. */
+enum { MAX_DIMS = 64, WIDTH = 1 + OPERANDS }; /* torch has no tensors of more dimensions */
+
+/* Fills dims of a struct call from the layout of altgrad_run; returns how many there are. They come in the order of
+ * out's memory, without those of size 1, and one that continues the next in every operand is merged into it. */
+static int64_t arrange(int64_t ndim, const int64_t *layout, int64_t (*dims)[WIDTH]) {
+    int64_t order[MAX_DIMS], sorted = 0, count = 0;
+    for (int64_t d = 0; d < ndim; d++) {
+        if (layout[d] == 1) {
+            continue;
+        }
+        int64_t i = sorted++;
+        for (; i > 0 && layout[ndim + order[i - 1]] < layout[ndim + d]; i--) {
+            order[i] = order[i - 1];
+        }
+        order[i] = d;
+    }
+    for (int64_t i = 0; i < sorted; i++) {
+        const int64_t size = layout[order[i]], *strides = layout + 2 * ndim + order[i];
+        int64_t *outer = dims[count - (count > 0)];
+        int continues = count > 0;
+        for (int operand = 0; operand < OPERANDS; operand++) {
+            continues = continues && outer[1 + operand] == strides[operand * ndim] * size;
+        }
+        int64_t *dim = continues ? outer : dims[count++];
+        dim[0] = continues ? outer[0] * size : size;
+        for (int operand = 0; operand < OPERANDS; operand++) {
+            dim[1 + operand] = strides[operand * ndim];
+        }
+    }
+    return count;
+}
+
+/* Runs a plan on tensors of n elements. layout has rows of ndim numbers: the sizes, and the strides of out, x, scale
+ * and random in elements. With ndim = 0, x and random lie as out does, and scale is one element. */
 EXPORT void altgrad_run(const struct plan *plan, int64_t n, char *out, const char *x, const char *scale,
-                        const char *random, int64_t ndim, const int64_t *dims) {
-    const int64_t flat[] = {n, 1, 0, 1};
-    struct call call = {plan, out, {x, scale, random}, ndim ? ndim : 1, ndim ? dims : flat};
+                        const char *random, int64_t ndim, const int64_t *layout) {
+    int64_t dims[MAX_DIMS][WIDTH] = {{n, 1, 0, 1}};
+    struct call call = {plan, out, {x, scale, random}, ndim ? arrange(ndim, layout, dims) : 1, dims[0]};
     if (n > GRAIN && parallel != NULL) {
         parallel(0, n, GRAIN, range, &call);
     } else {

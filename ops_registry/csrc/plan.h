@@ -25,7 +25,7 @@ struct plan {
     int32_t dtypes[OPERANDS], out_dtype;
     int32_t rounding, random_bits; /* of each random number, the low ones count */
     int32_t mantissa_bits, min_exponent;
-    int32_t sign_code, max_code, nan_code; /* nan_code is what NaN packs to */
+    int32_t sign_bit, max_code, nan_code; /* of a code, the number of its sign bit; nan_code is what NaN packs to */
     int32_t has_inf, has_nan, has_negative_zero;
     int32_t overflows;      /* what is beyond max becomes what follows it in the order of codes: infinity or NaN */
     int32_t limit_codes[2]; /* magnitudes are cut to it before rounding, by the sign: max, or one more to overflow */
@@ -38,7 +38,7 @@ struct call {
     char *out;
     const char *data[OPERANDS];
     int64_t ndim;
-    const int64_t *dims; /* ndim rows from the outermost dimension: size, then the stride of each operand in elements */
+    const int64_t *dims; /* ndim rows, from the outermost dimension in out's memory: size, stride of each operand */
 };
 
 #endif

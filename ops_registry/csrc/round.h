@@ -16,7 +16,7 @@ struct NAME(format) {
     UINT limits[2], max_value, over_value;               /* limits: by the sign */
     UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
-    UINT max_code, infinite_code, nan_code, sign_code, first_signed, signed_codes;
+    UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
     FLOAT random_range;
 };
 
@@ -115,7 +115,7 @@ INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struc
     UINT code = sum & FRACTION_MASK;
     code = NAME(select)(a == INFINITE, f->infinite_code, code);
     UINT is_signed = code - f->first_signed < f->signed_codes; /* zero may have no sign, NaN never has */
-    code |= is_signed ? (bits >> SIGN_SHIFT) * f->sign_code : 0;
+    code |= is_signed ? bits >> f->sign_shift & f->sign_code : 0;
     return NAME(select)(a > INFINITE, f->nan_code, code);
 }
 
@@ -124,12 +124,12 @@ INLINE FLOAT NAME(unpack)(UINT code, const struct NAME(format) * f) {
     UINT r = NAME(value)(code & (f->sign_code - 1), f);
     UINT nan = (code & f->nan_mask) - f->nan_first;
     r = nan < f->nan_count ? f->nan_value + nan : r;
-    return NAME(number)(r | (code & f->sign_code ? SIGN : 0));
+    return NAME(number)(r | (code & f->sign_code) << f->sign_shift);
 }
 
 static struct NAME(format) NAME(prepare)(const struct plan *p) {
     UINT min_step = (UINT)(p->min_exponent + EXPONENT_BIAS) << FRACTION_BITS;
-    UINT nan_first = p->max_code + 1, sign_code = p->sign_code;
+    UINT nan_first = p->max_code + 1, sign_code = (UINT)1 << p->sign_bit;
     int saturates = p->infinite_code == p->max_code;
     struct NAME(format) f = {
         .mantissa_bits = p->mantissa_bits,
@@ -143,10 +143,10 @@ static struct NAME(format) NAME(prepare)(const struct plan *p) {
         .nan_count = p->has_nan ? NAME(max)(sign_code - nan_first, 1) : 0,
         .nan_mask = p->has_negative_zero ? sign_code - 1 : 2 * sign_code - 1,
         .nan_value = INFINITE + !p->has_inf,
-        .max_code = p->max_code,
         .infinite_code = p->infinite_code,
         .nan_code = p->nan_code,
         .sign_code = sign_code,
+        .sign_shift = SIGN_SHIFT - p->sign_bit,
         .first_signed = !p->has_negative_zero,
         .signed_codes = p->max_code + p->has_inf + p->has_negative_zero,
         .minus_zero = p->has_negative_zero ? SIGN : 0,

@@ -1,0 +1,276 @@
+"""The CPU kernels beside ``x * 2`` and the peers that are installed (``pip install altgrad[bench]``).
+
+    python tests/benchmarks/cpu.py [--write]
+
+prints the tables; ``--write`` puts them into the CPU section of docs/benchmarks.md, and a picture beside it. What is
+compared takes turns in one process, and memory is warm: the allocator keeps what was freed, so that nobody pays for
+fresh pages. Times are medians.
+"""
+
+import ctypes
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+import reference  # noqa: E402
+from conftest import near_ties  # noqa: E402
+
+from altgrad.quantization import E4M3, FORMAT_REGISTRY, decode, encode, quantize  # noqa: E402
+from ops_registry import cpu  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs"
+SIZES = {"64": 64, "64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
+SECONDS = 6.0  # for the rounds of one group
+Calls = dict[str, Callable[[], object]]
+
+
+def keep_memory() -> None:
+    """Makes glibc reuse freed memory: no mmap for large blocks (M_MMAP_MAX = 0), no trimming (M_TRIM_THRESHOLD)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def medians(calls: Calls) -> dict[str, float]:
+    """Seconds of each call; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+# --- E4M3 beside the peers --------------------------------------------------------------------------------------------
+
+
+def altgrad_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    scale = torch.tensor(1.0)
+    compiled = torch.compile(lambda x: quantize(x, E4M3, scale), fullgraph=True, dynamic=False)
+    return {"altgrad": lambda x: quantize(x, E4M3, scale), "altgrad, compiled": compiled}
+
+
+def torch_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    return {"torch: cast to float8_e4m3fn and back": lambda x: x.to(torch.float8_e4m3fn).float()}
+
+
+def torchao_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    from torchao.prototype.custom_fp_utils import _f32_to_floatx_unpacked, _floatx_unpacked_to_f32
+
+    return {"torchao floatx": lambda x: _floatx_unpacked_to_f32(_f32_to_floatx_unpacked(x, 4, 3), 4, 3)}
+
+
+def gfloat_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    import gfloat
+    from gfloat.formats import format_info_ocp_e4m3
+
+    return {
+        "gfloat": lambda x: torch.from_numpy(
+            gfloat.round_ndarray(format_info_ocp_e4m3, x.numpy(), gfloat.RoundMode.TiesToEven, sat=True)
+        )
+    }
+
+
+def ml_dtypes_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    import ml_dtypes
+
+    return {"ml_dtypes": lambda x: torch.from_numpy(x.numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float32))}
+
+
+def qtorch_peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    from qtorch.quant import float_quantize
+
+    return {"qtorch": lambda x: float_quantize(x, 4, 3, rounding="nearest")}
+
+
+def peers() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Those that are installed: functions that simulate E4M3 with scale 1, float32 in and out."""
+    found = {}
+    for group in (altgrad_peers, torch_peers, ml_dtypes_peers, qtorch_peers, torchao_peers, gfloat_peers):
+        try:
+            found.update(group())
+        except ImportError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return found
+
+
+def wrong_values(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """How many near-ties within the range of E4M3 get another value than the definition's (0 equals -0)."""
+    x = near_ties(E4M3)
+    x = x[x.abs() <= E4M3.max_representable_value]
+    want = torch.from_numpy(reference.quantize(E4M3, x.numpy(), np.float32(1)))
+    return f"{int((function(x).float() != want).sum())} of {x.numel()}"
+
+
+def peers_table() -> tuple[list[str], dict[str, dict[str, float]]]:
+    functions = peers()
+    seconds: dict[str, dict[str, float]] = {}
+    for size, n in SIZES.items():
+        x = torch.randn(n)
+        calls: Calls = {"`x * 2`": lambda x=x: x * 2}
+        calls |= {name: lambda f=f, x=x: f(x) for name, f in functions.items()}
+        seconds[size] = medians(calls)
+    lines = [
+        f"| E4M3, float32 | {' | '.join(SIZES)} | 16M / `x * 2` | wrong near ties |",
+        "|---|" + "---:|" * (len(SIZES) + 2),
+    ]
+    for name in seconds["64"]:
+        times = " | ".join(readable(seconds[size][name]) for size in SIZES)
+        ratio = seconds["16M"][name] / seconds["16M"]["`x * 2`"]
+        wrong = wrong_values(functions[name]) if name in functions else ""
+        lines.append(f"| {name} | {times} | {ratio:.2f} | {wrong} |")
+    return lines, seconds
+
+
+def readable(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-4 else f"{seconds * 1e3:.3g} ms"
+
+
+# --- Ratios to x * 2 --------------------------------------------------------------------------------------------------
+
+
+def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
+    """Title -> (calls of which the first is the measure, the bound on the ratio to it)."""
+    x, scale = torch.randn(n), torch.tensor(0.37)
+    matrix, rows, columns = x.view(1024, -1), torch.rand(1024, 1) + 0.5, torch.rand(n // 1024) + 0.5
+    groups: dict[str, tuple[Calls, float]] = {}
+    for operation in ("quantize", "encode", "decode"):
+        calls: Calls = {"`x * 2`": lambda: x * 2}
+        for name in FORMAT_REGISTRY:
+            codes = encode(x, name, scale)
+            calls[name] = {
+                "quantize": lambda f=name: quantize(x, f, scale),
+                "encode": lambda f=name: encode(x, f, scale),
+                "decode": lambda f=name, codes=codes: decode(codes, f, scale),
+            }[operation]
+        groups[operation] = calls, 1.1
+    groups["quantize with a vector of scales"] = (
+        {
+            "`x * 2`": lambda: x * 2,
+            "per row": lambda: quantize(matrix, E4M3, rows),
+            "per column": lambda: quantize(matrix, E4M3, columns),
+        },
+        1.25,
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        half = x.to(dtype)
+        calls = {"`x * 2`": lambda half=half: half * 2, "E4M3": lambda half=half: quantize(half, E4M3, scale)}
+        groups[f"quantize, {str(dtype).removeprefix('torch.')}"] = calls, 1.4
+    silu = torch.nn.functional.silu
+    compiled = torch.compile(silu, dynamic=False)
+    fused = torch.compile(lambda x: silu(quantize(x, E4M3, scale)), fullgraph=True, dynamic=False)
+    calls = {"silu(x), compiled": lambda: compiled(x), "silu(quantize(x)), compiled": lambda: fused(x)}
+    groups["fusion"] = calls | {"silu(quantize(x)), eager": lambda: silu(quantize(x, E4M3, scale))}, 1.5
+    return groups
+
+
+def ratios_table() -> list[str]:
+    lines = ["| ratio of medians | size | measured | bound |", "|---|---|---|---|"]
+    for size in ("1M", "16M"):
+        for title, (calls, bound) in ratio_calls(SIZES[size]).items():
+            seconds = medians(calls)
+            first, *others = calls
+            shown = ", ".join(f"{name} {seconds[name] / seconds[first]:.2f}" for name in others)
+            lines.append(f"| {title}, of {first} ({readable(seconds[first])}) | {size} | {shown} | {bound} |")
+    return lines
+
+
+def small_calls_table() -> list[str]:
+    x, scale = torch.randn(64), torch.tensor(0.37)
+    matrix, rows = torch.randn(8, 8), torch.rand(8, 1) + 0.5
+    leaf, op = torch.randn(64, requires_grad=True), torch.ops.altgrad.quantize
+    seconds = medians(
+        {
+            "`x * 2`": lambda: x * 2,
+            "operator": lambda: op(x, scale, "E4M3"),
+            "function": lambda: quantize(x, E4M3, scale),
+            "function, scale for each row": lambda: quantize(matrix, E4M3, rows),
+            "`x * 2`, with grad": lambda: leaf * 2,
+            "operator, with grad": lambda: op(leaf, scale, "E4M3"),
+            "function, with grad": lambda: quantize(leaf, E4M3, scale),
+        }
+    )
+    lines = ["| a call on 64 elements | time | bound |", "|---|---:|---:|"]
+    for name, value in seconds.items():
+        bound = "" if "`" in name else "30 us" if "grad" in name else "20 us"
+        lines.append(f"| {name} | {value * 1e6:.1f} us | {bound} |")
+    return lines
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = {"torch", "torchao", "gfloat", "ml_dtypes", "qtorch", "numpy"} & {*packages_distributions()}
+    versions = [f"{package} {version(package)}" for package in sorted(packages)]
+    return (
+        f"{names[0]}, {torch.get_num_threads()} threads, backend {cpu.backend()}, Python "
+        f"{platform.python_version()}, {', '.join(versions)}, {time.strftime('%Y-%m-%d')}."
+    )
+
+
+def draw(seconds: dict[str, dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "altgrad"
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name in seconds["64"]:
+        times = [seconds[size][name] * 1e6 for size in SIZES]
+        style = {"color": "black", "linestyle": "--"} if "x * 2" in name else {"marker": "o"}
+        axes.plot(list(SIZES.values()), times, label=name.replace("`", ""), **style)
+    axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="microseconds")
+    axes.set_xticks(list(SIZES.values()), list(SIZES))
+    axes.set_title("Simulated E4M3, float32, CPU: time of a call")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    keep_memory()
+    table, seconds = peers_table()
+    section = [
+        "## CPU",
+        "",
+        "`python tests/benchmarks/cpu.py --write` measures this and writes it here: medians of calls that take turns",
+        "in one process, with warm memory. Near ties are the values and midpoints of E4M3 with their float32 neighbours.",
+        machine(),
+        "",
+        *table,
+        "",
+        "![Time of a call over the number of elements](benchmarks_cpu.svg)",
+        "",
+        *small_calls_table(),
+        "",
+        *ratios_table(),
+        "",
+    ]
+    print("\n".join(section))
+    if "--write" in sys.argv:
+        page = DOCS / "benchmarks.md"
+        title, *others = page.read_text().split("\n## ")
+        kept = [f"## {other.rstrip()}\n" for other in others if not other.startswith("CPU\n")]
+        page.write_text("\n".join([title.rstrip() + "\n", "\n".join(section), *kept]))
+        draw(seconds, DOCS / "benchmarks_cpu.svg")
+
+
+if __name__ == "__main__":
+    main()
