@@ -251,7 +251,7 @@ def main() -> None:
         "## CPU",
         "",
         "`python tests/benchmarks/cpu.py --write` measures this and writes it here: medians of calls that take turns",
-        "in one process, with warm memory. Near ties are the values and midpoints of E4M3 with their float32 neighbours.",
+        "in one process, with warm memory. Near ties: the values and midpoints of E4M3 with their float32 neighbours.",
         machine(),
         "",
         *table,
