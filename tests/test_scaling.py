@@ -82,14 +82,15 @@ def test_amax_is_the_largest_magnitude_over_the_largest_value(granularity, dtype
     assert_same_bits(scale.expand(x.shape), by_groups(x, granularity, lambda a: a.max() / a.dtype.type(448)))
 
 
-@pytest.mark.parametrize("fraction", [0, 0.1, 0.5, 0.9, 0.99, 0.999, 1])
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.123456, 0.5, 0.9, 0.987654, 0.999, 1])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-def test_percentile_is_numpys_quantile_in_float64(granularity, fraction):
-    x = samples(8, 12)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_percentile_is_numpys_quantile_in_float64(dtype, granularity, fraction):
+    x = samples(8, 12, dtype=dtype)
     scale = compute_scale(x, E4M3, method="percentile", fraction=fraction, granularity=granularity)
 
     def definition(a):
-        return np.float32(np.quantile(a.astype(np.float64), fraction)) / np.float32(448)
+        return a.dtype.type(np.quantile(a.astype(np.float64), fraction)) / a.dtype.type(448)
 
     assert_same_bits(scale.expand(x.shape), by_groups(x, granularity, definition))
 
