@@ -121,8 +121,8 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         if (p->out_dtype == FLOAT16) {
             float16_from_floats((const float *)out, (uint16_t *)to, n);
         }
-        for (int64_t i = 0; p->out_dtype == BFLOAT16 && i < n; i++) {
-            ((uint16_t *)to)[i] = to_bfloat16((float)out[i]);
+        if (p->out_dtype == BFLOAT16) {
+            bfloat16_from_floats((const float *)out, (uint16_t *)to, n);
         }
     }
 }

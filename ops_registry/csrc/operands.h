@@ -56,6 +56,12 @@ static void float16_from_floats(const float *restrict numbers, uint16_t *restric
     }
 }
 
+static void bfloat16_from_floats(const float *restrict numbers, uint16_t *restrict codes, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        codes[i] = to_bfloat16(numbers[i]);
+    }
+}
+
 INLINE int64_t size_of(enum dtype dtype) {
     return dtype == UINT8 ? 1 : dtype == FLOAT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : 2;
 }
@@ -137,12 +143,14 @@ static const void *read_stream(const struct stream *s, int64_t begin, int64_t n)
 static const uint32_t *read_random(const struct stream *s, const struct plan *p, int64_t begin, int64_t n,
                                    uint32_t *restrict numbers) {
     const void *raw = read_stream(s, begin, n);
-    const uint32_t mask = (1u << p->random_bits) - 1;
-    for (int64_t i = 0; p->dtypes[RANDOM] == UINT8 && i < n; i++) {
-        numbers[i] = ((const uint8_t *)raw)[i];
+    const uint8_t *bytes = raw;
+    const uint32_t *words = raw, mask = (1u << p->random_bits) - 1;
+    const int are_bytes = p->dtypes[RANDOM] == UINT8;
+    for (int64_t i = 0; are_bytes && i < n; i++) {
+        numbers[i] = bytes[i];
     }
-    for (int64_t i = 0; p->dtypes[RANDOM] == INT32 && i < n; i++) {
-        numbers[i] = ((const uint32_t *)raw)[i] & mask;
+    for (int64_t i = 0; !are_bytes && i < n; i++) {
+        numbers[i] = words[i] & mask;
     }
     return numbers;
 }
