@@ -81,7 +81,7 @@ def test_compiled(seed):
         assert strides(got) == strides(want)
 
 
-def test_where_arithmetic_alone_lays_out_otherwise():
+def test_where_arithmetic_alone_lays_out_otherwise(monkeypatch):
     """The case that opcheck passes and an opaque call under compile then fails on."""
     x = torch.randn(64).as_strided((2, 1, 3, 1), (2, 2, 0, 4))
     scale = torch.rand(1, 3, 1) + 0.5
@@ -90,6 +90,7 @@ def test_where_arithmetic_alone_lays_out_otherwise():
     assert ag.quantize(x, scale, "E5M2").stride() == want.stride()
     torch._dynamo.reset()
     assert strides(torch.compile(lambda x, scale: ag.quantize(x, scale, "E5M2"))(x, scale)) == strides(want)
+    monkeypatch.delenv("CI", raising=False)  # where it is set, Inductor refuses opaque nodes that have a decomposition
     with torch._functorch.config.patch(decompose_custom_triton_ops=False):  # the node stays opaque
         compiled = torch.compile(lambda x, scale: ag.quantize(x, scale, "E5M2") + 1, fullgraph=True)
         assert_same_bits(compiled(x, scale), ag.quantize(x, scale, "E5M2") + 1)
