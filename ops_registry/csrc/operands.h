@@ -33,6 +33,11 @@ INLINE uint16_t to_bfloat16(float number) {
 /* F16C has both conversions as instructions, which compilers do not find in the loops over the functions above. */
 static void floats_from_float16(const uint16_t *restrict codes, float *restrict numbers, int64_t n) {
     int64_t i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= n; i += 16) {
+        _mm512_storeu_ps(numbers + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(codes + i))));
+    }
+#endif
 #ifdef __F16C__
     for (; i + 8 <= n; i += 8) {
         _mm256_storeu_ps(numbers + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(codes + i))));
@@ -45,6 +50,12 @@ static void floats_from_float16(const uint16_t *restrict codes, float *restrict 
 
 static void float16_from_floats(const float *restrict numbers, uint16_t *restrict codes, int64_t n) {
     int64_t i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= n; i += 16) {
+        __m256i nearest = _mm512_cvtps_ph(_mm512_loadu_ps(numbers + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256((__m256i *)(codes + i), nearest);
+    }
+#endif
 #ifdef __F16C__
     for (; i + 8 <= n; i += 8) {
         __m128i nearest = _mm256_cvtps_ph(_mm256_loadu_ps(numbers + i), _MM_FROUND_TO_NEAREST_INT);

@@ -4,12 +4,12 @@
 
 prints the tables; ``--write`` puts them into the CPU section of docs/benchmarks.md, and a picture beside it. What is
 compared takes turns in one process, and memory is warm: the allocator keeps what was freed, so that nobody pays for
-fresh pages. Times are medians.
+fresh pages. Of all runs of a call the time shown is the first decile: the machine may be shared, and a median then
+shows the work of others (on a quiet machine the two agree).
 """
 
 import ctypes
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -40,8 +40,8 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)
 
 
-def medians(calls: Calls) -> dict[str, float]:
-    """Seconds of each call; the calls take turns."""
+def seconds_of(calls: Calls) -> dict[str, float]:
+    """Seconds of each call, the first decile of its runs; the calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -51,7 +51,7 @@ def medians(calls: Calls) -> dict[str, float]:
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: sorted(seconds)[len(seconds) // 10] for name, seconds in times.items()}
 
 
 # --- E4M3 beside the peers --------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def peers_table() -> tuple[list[str], dict[str, dict[str, float]]]:
         x = torch.randn(n)
         calls: Calls = {"`x * 2`": lambda x=x: x * 2}
         calls |= {name: lambda f=f, x=x: f(x) for name, f in functions.items()}
-        seconds[size] = medians(calls)
+        seconds[size] = seconds_of(calls)
     lines = [
         f"| E4M3, float32 | {' | '.join(SIZES)} | 16M / `x * 2` | wrong near ties |",
         "|---|" + "---:|" * (len(SIZES) + 2),
@@ -178,10 +178,10 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
 
 
 def ratios_table() -> list[str]:
-    lines = ["| ratio of medians | size | measured | bound |", "|---|---|---|---|"]
+    lines = ["| ratio of times | size | measured | bound |", "|---|---|---|---|"]
     for size in ("1M", "16M"):
         for title, (calls, bound) in ratio_calls(SIZES[size]).items():
-            seconds = medians(calls)
+            seconds = seconds_of(calls)
             first, *others = calls
             shown = ", ".join(f"{name} {seconds[name] / seconds[first]:.2f}" for name in others)
             lines.append(f"| {title}, of {first} ({readable(seconds[first])}) | {size} | {shown} | {bound} |")
@@ -192,7 +192,7 @@ def small_calls_table() -> list[str]:
     x, scale = torch.randn(64), torch.tensor(0.37)
     matrix, rows = torch.randn(8, 8), torch.rand(8, 1) + 0.5
     leaf, op = torch.randn(64, requires_grad=True), torch.ops.altgrad.quantize
-    seconds = medians(
+    seconds = seconds_of(
         {
             "`x * 2`": lambda: x * 2,
             "operator": lambda: op(x, scale, "E4M3"),
@@ -250,8 +250,9 @@ def main() -> None:
     section = [
         "## CPU",
         "",
-        "`python tests/benchmarks/cpu.py --write` measures this and writes it here: medians of calls that take turns",
-        "in one process, with warm memory. Near ties: the values and midpoints of E4M3 with their float32 neighbours.",
+        "`python tests/benchmarks/cpu.py --write` measures this and writes it here: calls taking turns in one process,",
+        "with warm memory; the time is the first decile of the runs, because the machine is shared. Near ties: values",
+        "and midpoints of E4M3 with their float32 neighbours.",
         machine(),
         "",
         *table,
