@@ -28,7 +28,7 @@ from ops_registry import cpu  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = {"64": 64, "64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
-SECONDS = 4.0  # for the rounds of one group
+SECONDS = 6.0  # for the rounds of one group
 Calls = dict[str, Callable[[], object]]
 
 
