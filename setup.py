@@ -3,6 +3,7 @@
 Everything else is said in pyproject.toml. Where there is no C compiler the install goes on without the library.
 """
 
+import hashlib
 import platform
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-str
 TARGETS = {"baseline": []}
 IS_X86 = platform.machine() in ("x86_64", "AMD64") and sys.platform != "darwin"
 if IS_X86:
-    TARGETS["avx2"] = ["-mavx2", "-mf16c"]
+    TARGETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     TARGETS["avx512"] = [
         *TARGETS["avx2"],
         "-mavx512f",
@@ -33,10 +34,11 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         source = Path("ops_registry/csrc")
         build = Path(self.build_temp)
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(source.glob("*.[ch]")))).hexdigest()
         objects = self.compiler.compile(
             [str(source / "main.c")],
             str(build),
-            macros=[("ALTGRAD_X86", None)] if IS_X86 else [],
+            macros=[("SOURCES", f'"{digest}"'), *([("ALTGRAD_X86", None)] if IS_X86 else [])],
             extra_postargs=FLAGS,
             depends=ext.depends,
         )

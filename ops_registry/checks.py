@@ -78,8 +78,9 @@ def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
             f"got a {scale.ndim}-d tensor on {scale.device}"
         )
     # Reading the sizes from the right; `is_one` first, because comparing an unbacked size with 1 is an error.
-    if scale.ndim > x.ndim or not all(
-        _is_one(ours) or ours == theirs for ours, theirs in zip(scale.shape[::-1], x.shape[::-1], strict=False)
+    if scale.ndim and not (
+        scale.ndim <= x.ndim
+        and all(_is_one(ours) or ours == theirs for ours, theirs in zip(scale.shape[::-1], x.shape[::-1], strict=False))
     ):
         raise ValueError(
             f"scale must broadcast to {name} without enlarging it: "

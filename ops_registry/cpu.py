@@ -5,6 +5,7 @@ the C function ``torch_parallel_for``, so it uses as many threads as any torch o
 """
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -33,6 +34,7 @@ _DTYPES = {
 }
 _ROUNDINGS = {rounding: i for i, rounding in enumerate((*ROUNDINGS, "stochastic"))}
 _Operands = ctypes.c_int32 * 3
+Size = tuple[int, ...]
 
 
 class _Plan(ctypes.Structure):
@@ -68,6 +70,10 @@ def _load() -> tuple[Any, str]:
     if not path.exists():
         raise ImportError(f"ALTGRAD_CPU_TARGET={wanted}, but the C kernels were not built")
     native = ctypes.CDLL(str(path))
+    sources = b"".join(source.read_bytes() for source in sorted(path.with_name("csrc").glob("*.[ch]")))
+    digest = hashlib.sha256(sources).hexdigest().encode()
+    if not hasattr(native, "altgrad_sources") or ctypes.string_at(native.altgrad_sources) != digest:
+        raise ImportError(f"{path} was built from other sources than are in csrc: build altgrad again")
     native.altgrad_select.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     native.altgrad_select.restype = ctypes.c_char_p
     pointers = [ctypes.c_void_p] * 4
@@ -144,6 +150,14 @@ def _plan(
     return ctypes.pointer(plan)
 
 
+@lru_cache(maxsize=4096)
+def _layout(shape: Size, scale_shape: Size, out: Size, x: Size, scale: Size, random: Size) -> Any:
+    """The sizes and the strides of out, x, scale (expanded to the shape) and random, as altgrad_run takes them."""
+    expanded = [0 if size == 1 else stride for size, stride in zip(scale_shape, scale, strict=True)]
+    rows = (*shape, *out, *x, *[0] * (len(shape) - len(scale)), *expanded, *random)
+    return (ctypes.c_int64 * len(rows))(*rows)
+
+
 def _run(plan: Any, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor | None = None) -> Tensor:
     n = out.numel()
     if n == 0:
@@ -152,8 +166,7 @@ def _run(plan: Any, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor |
     strides, ndim, layout = x.stride(), 0, None
     if scale.numel() != 1 or strides != out.stride() or strides != random.stride():
         ndim = x.ndim
-        rows = (*x.shape, *out.stride(), *strides, *scale.expand(x.shape).stride(), *random.stride())
-        layout = (ctypes.c_int64 * len(rows))(*rows)
+        layout = _layout(x.shape, scale.shape, out.stride(), strides, scale.stride(), random.stride())
     _native.altgrad_run(plan, n, out.data_ptr(), x.data_ptr(), scale.data_ptr(), random.data_ptr(), ndim, layout)
     return out
 

@@ -213,7 +213,7 @@ SCALES = {
 
 @needs_library
 @pytest.mark.parametrize("name", SCALES)
-@pytest.mark.parametrize("shape", [(2, 96), (70, 1024), (3, 7_000), (300, 64)])
+@pytest.mark.parametrize("shape", [(2, 96), (5, 192), (70, 1024), (3, 7_000), (300, 64)])
 def test_scale_layouts(name, shape):
     """Rows below, at and above the size of a chunk."""
     torch.manual_seed(0)
@@ -432,6 +432,16 @@ def test_build_without_a_compiler(tmp_path):
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.glob("ops_registry/*.so"))
     assert run_python(BACKEND, PYTHONPATH=str(tmp_path)) == "aten"
+
+
+@needs_library
+def test_library_of_other_sources_is_refused(tmp_path):
+    shutil.copytree(PACKAGES / "ops_registry", tmp_path / "ops_registry")
+    shutil.copytree(PACKAGES / "altgrad", tmp_path / "altgrad")
+    with (tmp_path / "ops_registry/csrc/round.h").open("a") as source:
+        source.write("\n")
+    with pytest.raises(AssertionError, match="built from other sources"):
+        run_python(BACKEND, PYTHONPATH=str(tmp_path))
 
 
 @needs_library

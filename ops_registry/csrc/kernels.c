@@ -16,13 +16,32 @@
 #define INLINE static inline
 #endif
 
-enum { CHUNK = 1024 }; /* elements at a time: their buffers stay in the first-level cache */
+/* GCC would select the number and its bits separately. */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define SELECTED(number) __builtin_assoc_barrier(number)
+#else
+#define SELECTED(number) (number)
+#endif
+
+/* Roundings to nearest, ties to even, that take fewer instructions than the general one, by what is special about the
+ * format: nothing, M = 0, infinity where overflow saturates, zero without sign. */
+enum variant { PLAIN, POWERS, KEEPS_INFINITY, UNSIGNED_ZERO, GENERAL };
+
+enum {
+    CHUNK = 1024,  /* elements at a time: their buffers stay in the first-level cache */
+    LONG_RUN = 128 /* elements that are worth a turn of their own for sharing a scale */
+};
 
 #define FLOAT float
 #define UINT uint32_t
 #define FRACTION_BITS 23
 #define EXPONENT_BIAS 127
 #define NAME(x) x##32
+#ifdef __FMA__ /* where it is one instruction; all products here are exact, so it changes no bit */
+#define MULTIPLY_ADD(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
 #include "round.h"
 
 #include "operands.h"
@@ -32,12 +51,18 @@ enum { CHUNK = 1024 }; /* elements at a time: their buffers stay in the first-le
 #undef FRACTION_BITS
 #undef EXPONENT_BIAS
 #undef NAME
+#undef MULTIPLY_ADD
 
 #define FLOAT double
 #define UINT uint64_t
 #define FRACTION_BITS 52
 #define EXPONENT_BIAS 1023
 #define NAME(x) x##64
+#ifdef __FMA__
+#define MULTIPLY_ADD(a, b, c) __builtin_fma(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
 #include "round.h"
 
 #include "loops.h"

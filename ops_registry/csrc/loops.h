@@ -27,54 +27,106 @@ static const FLOAT *NAME(convert)(const void *raw, enum dtype dtype, int64_t n, 
     return buffer;
 }
 
-/* One loop for each rounding, which the compiler then knows. */
-#define FOR_EACH_ROUNDING(LOOP, BODY)                                                                                  \
-    switch (rounding) {                                                                                                \
-        LOOP(NEAREST_TIES_TO_EVEN, BODY)                                                                               \
-        LOOP(NEAREST_TIES_TO_AWAY, BODY)                                                                               \
-        LOOP(TOWARD_ZERO, BODY)                                                                                        \
-        LOOP(TOWARD_POSITIVE, BODY)                                                                                    \
-        LOOP(TOWARD_NEGATIVE, BODY)                                                                                    \
-        LOOP(TO_ODD, BODY)                                                                                             \
-        LOOP(STOCHASTIC, BODY)                                                                                         \
+INLINE void NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
+                                const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
+                                enum rounding rounding, int overflows, const struct NAME(format) * f) {
+    for (int64_t i = 0; i < n; i++) {
+        const FLOAT s = scale[varies ? i : 0], q = x[i] / s;
+        const UINT r = rounding == STOCHASTIC ? random[i] : 0;
+        out[i] = s * (variant == GENERAL ? NAME(project)(q, r, rounding, overflows, f)
+                                         : NAME(project_nearest)(q, variant, f));
     }
-#define LOOP(ROUNDING, BODY)                                                                                           \
-    case ROUNDING:                                                                                                     \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            const UINT r = ROUNDING == STOCHASTIC ? random[i] : 0;                                                     \
-            out[i] = BODY(x[i] / scale[i], r, ROUNDING);                                                               \
+}
+
+INLINE void NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
+                              const uint32_t *restrict random, uint8_t *restrict out, int64_t n, enum variant variant,
+                              enum rounding rounding, const struct NAME(format) * f) {
+    for (int64_t i = 0; i < n; i++) {
+        const FLOAT q = x[i] / scale[varies ? i : 0];
+        const UINT r = rounding == STOCHASTIC ? random[i] : 0;
+        out[i] = (uint8_t)(variant == GENERAL ? NAME(pack)(q, r, rounding, f) : NAME(pack_nearest)(q, variant, f));
+    }
+}
+
+/* LOOP(varies, variant, rounding) with constants for what the variables of these names hold. */
+#define SPECIALIZE(LOOP)                                                                                               \
+    switch (variant) {                                                                                                 \
+        EITHER_SCALE(LOOP, PLAIN)                                                                                      \
+        EITHER_SCALE(LOOP, POWERS)                                                                                     \
+        EITHER_SCALE(LOOP, KEEPS_INFINITY)                                                                             \
+        EITHER_SCALE(LOOP, UNSIGNED_ZERO)                                                                              \
+    case GENERAL:                                                                                                      \
+        switch (rounding) {                                                                                            \
+            WITH_ROUNDING(LOOP, NEAREST_TIES_TO_EVEN)                                                                  \
+            WITH_ROUNDING(LOOP, NEAREST_TIES_TO_AWAY)                                                                  \
+            WITH_ROUNDING(LOOP, TOWARD_ZERO)                                                                           \
+            WITH_ROUNDING(LOOP, TOWARD_POSITIVE)                                                                       \
+            WITH_ROUNDING(LOOP, TOWARD_NEGATIVE)                                                                       \
+            WITH_ROUNDING(LOOP, TO_ODD)                                                                                \
+            WITH_ROUNDING(LOOP, STOCHASTIC)                                                                            \
+        }                                                                                                              \
+    }
+#define EITHER_SCALE(LOOP, VARIANT)                                                                                    \
+    case VARIANT:                                                                                                      \
+        if (varies) {                                                                                                  \
+            LOOP(1, VARIANT, NEAREST_TIES_TO_EVEN);                                                                    \
+        } else {                                                                                                       \
+            LOOP(0, VARIANT, NEAREST_TIES_TO_EVEN);                                                                    \
         }                                                                                                              \
         break;
+#define WITH_ROUNDING(LOOP, ROUNDING)                                                                                  \
+    case ROUNDING:                                                                                                     \
+        LOOP(1, GENERAL, ROUNDING);                                                                                    \
+        break;
 
-static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale, const uint32_t *restrict random,
-                           FLOAT *restrict out, int64_t n, enum rounding rounding, int overflows,
-                           const struct NAME(format) * format) {
+/* scale has one element for all where it does not vary; for the GENERAL variant it does. */
+static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
+                           const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
+                           enum rounding rounding, int overflows, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
-#define SATURATING(q, random, rounding) NAME(project)(q, random, rounding, 0, &f) * scale[i]
-#define OVERFLOWING(q, random, rounding) NAME(project)(q, random, rounding, 1, &f) * scale[i]
-    if (overflows) {
-        FOR_EACH_ROUNDING(LOOP, OVERFLOWING)
-    } else {
-        FOR_EACH_ROUNDING(LOOP, SATURATING)
+#define LOOP(VARIES, VARIANT, ROUNDING)                                                                                \
+    if (VARIANT == GENERAL && overflows) {                                                                             \
+        NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 1, &f);                               \
+    } else {                                                                                                           \
+        NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 0, &f);                               \
     }
-#undef SATURATING
-#undef OVERFLOWING
+    SPECIALIZE(LOOP)
+#undef LOOP
 }
 
-static void NAME(encode)(const FLOAT *restrict x, const FLOAT *restrict scale, const uint32_t *restrict random,
-                         uint8_t *restrict out, int64_t n, enum rounding rounding, const struct NAME(format) * format) {
+static void NAME(encode)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
+                         const uint32_t *restrict random, uint8_t *restrict out, int64_t n, enum variant variant,
+                         enum rounding rounding, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
-#define PACK(q, random, rounding) (uint8_t)NAME(pack)(q, random, rounding, &f)
-    FOR_EACH_ROUNDING(LOOP, PACK)
-#undef PACK
+#define LOOP(VARIES, VARIANT, ROUNDING) NAME(encode_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, &f)
+    SPECIALIZE(LOOP)
+#undef LOOP
 }
 
-static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict scale, FLOAT *restrict out, int64_t n,
-                         const struct NAME(format) * format) {
+static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
+                         int64_t n, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
     for (int64_t i = 0; i < n; i++) {
-        out[i] = NAME(unpack)(codes[i], &f) * scale[i];
+        out[i] = NAME(unpack)(codes[i], &f) * scale[varies ? i : 0];
     }
+}
+
+static void NAME(dequantize)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
+                             int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = x[i] * scale[varies ? i : 0];
+    }
+}
+
+static enum variant NAME(variant_of)(const struct plan *p) {
+    if (p->rounding != NEAREST_TIES_TO_EVEN || p->overflows) {
+        return GENERAL;
+    }
+    const int is_power = p->mantissa_bits == 0, keeps_infinity = p->infinite_code != p->max_code;
+    if (is_power + keeps_infinity + !p->has_negative_zero > 1) {
+        return GENERAL;
+    }
+    return is_power ? POWERS : keeps_infinity ? KEEPS_INFINITY : p->has_negative_zero ? PLAIN : UNSIGNED_ZERO;
 }
 
 /* Elements begin to end of a call, chunk by chunk. */
@@ -88,14 +140,23 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     for (int operand = 0; operand < OPERANDS; operand++) {
         streams[operand] = open_stream(c, operand, raw_buffers[operand]);
     }
-    const int64_t period = streams[SCALE].period;
+    const enum variant variant = NAME(variant_of)(p);
+    const int is_general = variant == GENERAL && (p->operation == QUANTIZE || p->operation == ENCODE);
+    const int64_t run = streams[SCALE].run, period = streams[SCALE].period;
+    const int varies = run < LONG_RUN || is_general;
     const int64_t step = period <= CHUNK ? CHUNK / period * period : CHUNK;
     const FLOAT *scale = NULL;
     const uint32_t *random = NULL;
     for (int64_t n; begin < end; begin += n) {
         n = end - begin < step ? end - begin : step;
-        if (scale == NULL || period > CHUNK) { /* else a step is whole periods, and what was read once serves all */
-            scale = NAME(convert)(read_stream(&streams[SCALE], begin, n), p->dtypes[SCALE], n, scale_buffer);
+        if (!varies) {
+            const int64_t rest = run - begin % run;
+            n = n < rest ? n : rest;
+        }
+        /* A step is whole periods where these are short, and then what was read once serves all. */
+        if (scale == NULL || (varies ? period > CHUNK : run < end)) {
+            const int64_t scales = varies ? n : 1;
+            scale = NAME(convert)(read_stream(&streams[SCALE], begin, scales), p->dtypes[SCALE], scales, scale_buffer);
         }
         const void *raw = read_stream(&streams[X], begin, n);
         const FLOAT *x = p->operation == DECODE ? NULL : NAME(convert)(raw, p->dtypes[X], n, x_buffer);
@@ -104,19 +165,17 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         }
         char *to = c->out + begin * size_of(p->out_dtype);
         if (p->operation == ENCODE) {
-            NAME(encode)(x, scale, random, (uint8_t *)to, n, p->rounding, &f);
+            NAME(encode)(x, scale, varies, random, (uint8_t *)to, n, variant, p->rounding, &f);
             continue;
         }
         const int is_narrow = p->out_dtype == FLOAT16 || p->out_dtype == BFLOAT16;
         FLOAT *out = is_narrow ? out_buffer : (FLOAT *)to;
         if (p->operation == QUANTIZE) {
-            NAME(quantize)(x, scale, random, out, n, p->rounding, p->overflows, &f);
+            NAME(quantize)(x, scale, varies, random, out, n, variant, p->rounding, p->overflows, &f);
         } else if (p->operation == DECODE) {
-            NAME(decode)(raw, scale, out, n, &f);
+            NAME(decode)(raw, scale, varies, out, n, &f);
         } else {
-            for (int64_t i = 0; i < n; i++) {
-                out[i] = x[i] * scale[i];
-            }
+            NAME(dequantize)(x, scale, varies, out, n);
         }
         if (p->out_dtype == FLOAT16) {
             float16_from_floats((const float *)out, (uint16_t *)to, n);

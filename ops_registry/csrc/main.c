@@ -11,6 +11,9 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* The digest of the files that this was built from; ops_registry/cpu.py compares it with those beside it. */
+EXPORT const char altgrad_sources[] = SOURCES;
+
 typedef void (*range_function)(int64_t begin, int64_t end, void *call);
 typedef int32_t (*parallel_function)(int64_t begin, int64_t end, int64_t grain, range_function range, void *call);
 
@@ -29,7 +32,7 @@ static parallel_function parallel;
  * of the set, NULL where the one asked for is not in this library or not in this machine. */
 EXPORT const char *altgrad_select(const char *target, parallel_function parallel_for) {
 #ifdef ALTGRAD_X86
-    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
     const struct {
         const char *name;

@@ -82,6 +82,7 @@ struct stream {
     const char *data;
     int64_t size;     /* of an element, in bytes */
     int64_t period;   /* the sequence repeats after as many elements: 1 for a scalar */
+    int64_t run;      /* as many elements, from the first on, are one and the same: all for a scalar */
     int is_contiguous;
     const struct call *call;
     int operand;
@@ -89,11 +90,12 @@ struct stream {
 };
 
 static struct stream open_stream(const struct call *c, int operand, void *buffer) {
-    struct stream s = {c->data[operand], size_of(c->plan->dtypes[operand]), 1, 1, c, operand, buffer};
+    struct stream s = {c->data[operand], size_of(c->plan->dtypes[operand]), 1, INT64_MAX, 1, c, operand, buffer};
     int64_t inner = 1;
     for (int64_t d = c->ndim - 1; d >= 0; d--) {
         const int64_t *dim = c->dims + d * (1 + OPERANDS), stride = dim[1 + operand];
         s.is_contiguous &= stride == inner;
+        s.run = stride && s.run == INT64_MAX ? inner : s.run;
         inner *= dim[0];
         s.period = stride ? inner : s.period;
     }
@@ -133,19 +135,24 @@ static const void *read_stream(const struct stream *s, int64_t begin, int64_t n)
     }
     const int64_t *dims = s->call->dims, width = 1 + OPERANDS;
     const int64_t inner = dims[(s->call->ndim - 1) * width], stride = dims[(s->call->ndim - 1) * width + 1 + s->operand];
-    for (int64_t done = 0, run; done < n; done += run) {
-        int64_t rest = (begin + done) / inner, position = (begin + done) % inner;
-        int64_t offset = position * stride;
-        for (int64_t d = s->call->ndim - 2; d >= 0; d--) {
+    const int64_t rows = s->call->ndim > 1 ? dims[(s->call->ndim - 2) * width] : 1;
+    const int64_t row_stride = s->call->ndim > 1 ? dims[(s->call->ndim - 2) * width + 1 + s->operand] : 0;
+    for (int64_t done = 0; done < n;) {
+        int64_t position = (begin + done) % inner, row = (begin + done) / inner % rows;
+        int64_t rest = (begin + done) / inner / rows, offset = row * row_stride;
+        for (int64_t d = s->call->ndim - 3; d >= 0; d--) {
             offset += rest % dims[d * width] * dims[d * width + 1 + s->operand];
             rest /= dims[d * width];
         }
-        run = inner - position < n - done ? inner - position : n - done;
-        const char *from = s->data + offset * s->size;
-        if (run == n && stride == 1) {
-            return from;
+        for (; row < rows && done < n; row++, offset += row_stride, position = 0) {
+            const int64_t run = inner - position < n - done ? inner - position : n - done;
+            const char *from = s->data + (offset + position * stride) * s->size;
+            if (run == n && stride == 1) {
+                return from;
+            }
+            copy_run((char *)s->buffer + done * s->size, from, run, stride, s->size);
+            done += run;
         }
-        copy_run((char *)s->buffer + done * s->size, from, run, stride, s->size);
     }
     return s->buffer;
 }

@@ -14,6 +14,7 @@
 struct NAME(format) {
     UINT mantissa_bits, min_step, magic_offset;
     UINT limits[2], max_value, over_value;               /* limits: by the sign */
+    FLOAT quanta, code_quanta; /* what a step is multiplied by for the magic of project_nearest and of pack_nearest */
     UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
     UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
@@ -108,6 +109,25 @@ INLINE FLOAT NAME(project)(FLOAT q, UINT random, enum rounding rounding, int ove
     return NAME(number)(r | (bits & SIGN)) + NAME(number)(special);
 }
 
+/* project for a variant that is not GENERAL. */
+INLINE FLOAT NAME(project_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f) {
+    UINT bits = NAME(bits)(q), a = bits & ~SIGN;
+    FLOAT limit = NAME(number)(f->limits[0]);
+    FLOAT limited = SELECTED(NAME(number)(a) > limit ? limit : NAME(number)(a)); /* NaN stays, through all that follows */
+    UINT step = NAME(max)(NAME(bits)(limited) & INFINITE, f->min_step);
+    FLOAT r;
+    if (variant == POWERS) {
+        FLOAT magic = NAME(number)(NAME(magic)(step, f));
+        r = magic + limited - magic;
+    } else { /* For M > 0 the fraction of magic may be 0: codes are as even as their quanta. */
+        FLOAT unit = NAME(number)(step);
+        r = MULTIPLY_ADD(-unit, f->quanta, MULTIPLY_ADD(unit, f->quanta, limited));
+    }
+    UINT signed_bits = NAME(bits)(r) | (bits & SIGN);
+    FLOAT y = NAME(number)(variant == KEEPS_INFINITY && a == INFINITE ? bits : signed_bits);
+    return variant == UNSIGNED_ZERO ? y + (FLOAT)0 : y;
+}
+
 /* The code of the projection of q. What follows max in the order of codes is what overflow becomes: inf or NaN. */
 INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struct NAME(format) * f) {
     UINT bits = NAME(bits)(q), a = bits & ~SIGN, magic;
@@ -117,6 +137,24 @@ INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struc
     UINT is_signed = code - f->first_signed < f->signed_codes; /* zero may have no sign, NaN never has */
     code |= is_signed ? bits >> f->sign_shift & f->sign_code : 0;
     return NAME(select)(a > INFINITE, f->nan_code, code);
+}
+
+/* pack for a variant that is not GENERAL. */
+INLINE UINT NAME(pack_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f) {
+    UINT bits = NAME(bits)(q), a = bits & ~SIGN, values = f->sign_code - 1, limited = NAME(min)(a, f->limits[0]), sum;
+    if (variant == POWERS) {
+        UINT magic;
+        sum = NAME(round)(limited, 0, 0, NEAREST_TIES_TO_EVEN, f, &magic);
+    } else { /* An even number of quanta in magic is no harm, and takes from the sum what the step's bits put there. */
+        UINT step = NAME(max)(limited & INFINITE, f->min_step);
+        sum = NAME(bits)(MULTIPLY_ADD(NAME(number)(step), f->code_quanta, NAME(number)(limited)));
+        sum += step >> (FRACTION_BITS - f->mantissa_bits);
+    }
+    UINT code = variant == KEEPS_INFINITY && a == INFINITE ? f->infinite_code : sum;
+    UINT signs = bits >> f->sign_shift;
+    signs = variant == UNSIGNED_ZERO && (code & values) == 0 ? 0 : signs;
+    code = (code & values) | (signs & ~values);
+    return a > INFINITE ? f->nan_code : code;
 }
 
 /* The value of a code. */
@@ -130,12 +168,15 @@ INLINE FLOAT NAME(unpack)(UINT code, const struct NAME(format) * f) {
 static struct NAME(format) NAME(prepare)(const struct plan *p) {
     UINT min_step = (UINT)(p->min_exponent + EXPONENT_BIAS) << FRACTION_BITS;
     UINT nan_first = p->max_code + 1, sign_code = (UINT)1 << p->sign_bit;
+    UINT exponent_quanta = (0 - (min_step >> (FRACTION_BITS - p->mantissa_bits))) & (sign_code - 1);
     int saturates = p->infinite_code == p->max_code;
     struct NAME(format) f = {
         .mantissa_bits = p->mantissa_bits,
         .min_step = min_step,
         .magic_offset = ((UINT)(FRACTION_BITS - p->mantissa_bits) << FRACTION_BITS) -
                         (min_step >> (FRACTION_BITS - p->mantissa_bits)),
+        .quanta = (FLOAT)((UINT)1 << (FRACTION_BITS - p->mantissa_bits)),
+        .code_quanta = (FLOAT)(((UINT)1 << FRACTION_BITS) + exponent_quanta) / (FLOAT)((UINT)1 << p->mantissa_bits),
         .over_value = INFINITE + !p->has_inf,
         .special_from = INFINITE + saturates,
         .special_or = !saturates && !p->has_inf,
