@@ -72,41 +72,48 @@ def round_nearest(a: Tensor, format: FP8Format) -> Tensor:
     return torch.where(a < 2.0**format.min_exponent, subnormal, normal)
 
 
-def round_by(a: Tensor, format: FP8Format, rounds_away: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """a >= 0 to itself or to the neighbour on the grid that ``rounds_away(nu, is_inexact, code)`` chooses.
+def round_by(
+    a: Tensor, format: FP8Format, rounds_away: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """a >= 0 to itself or to the neighbour on the grid that ``rounds_away(nearest, below, excess, step)`` chooses.
 
-    nu in [0, 1) is how far a is from the value below, in steps; it may underflow, is_inexact does not. code has the
-    parity of the lower value's code.
+    nearest is a rounded to nearest, below the value at or below a, step the distance to the next one, excess = a - below.
+    All of this is exact.
     """
     power = split(a, 1)
     power = torch.where(power > a, power * 0.5, power).clamp(min=2.0**format.min_exponent)
     step = power * 2.0**-format.mantissa_bits
-    steps = a / power * 2.0**format.mantissa_bits  # exact: power is a power of two
-    below = steps.floor()
-    code = below if format.mantissa_bits else (power.log2().round() + format.bias) * below
-    away = rounds_away(steps - below, a > below * step, code)
-    return (below + away.to(a.dtype)) * step
+    nearest = round_nearest(a, format)
+    below = torch.where(nearest > a, nearest - step, nearest)
+    return torch.where(rounds_away(nearest, below, a - below, step), below + step, below)
 
 
 def round_to_format(a: Tensor, format: FP8Format, rounding: str, is_negative: Tensor) -> Tensor:
     """The rounding step by its P3109 name; a is a magnitude, is_negative tells where directed modes go."""
     if rounding == "nearest_ties_to_even":
         return round_nearest(a, format)
-    rounds_away: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "nearest_ties_to_away": lambda nu, is_inexact, code: nu >= 0.5,
-        "toward_zero": lambda nu, is_inexact, code: nu < 0,
-        "toward_positive": lambda nu, is_inexact, code: is_inexact & ~is_negative,
-        "toward_negative": lambda nu, is_inexact, code: is_inexact & is_negative,
-        "to_odd": lambda nu, is_inexact, code: is_inexact & ~is_odd(code),
+
+    def is_even(below: Tensor, step: Tensor) -> Tensor:  # for then the midpoint above it goes there
+        return round_nearest(below + step * 0.5, format) == below
+
+    rounds_away: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+        "nearest_ties_to_away": lambda nearest, below, excess, step: excess >= step * 0.5,
+        "toward_zero": lambda nearest, below, excess, step: excess < 0,
+        "toward_positive": lambda nearest, below, excess, step: (nearest != a) & ~is_negative,
+        "toward_negative": lambda nearest, below, excess, step: (nearest != a) & is_negative,
+        "to_odd": lambda nearest, below, excess, step: (nearest != a) & is_even(below, step),
     }
     return round_by(a, format, rounds_away[rounding])
 
 
 def round_stochastic(a: Tensor, format: FP8Format, random_bits: Tensor) -> Tensor:
-    """P3109's StochasticA: up where floor(nu * 2^N) + R >= 2^N, with R the low N bits of random_bits."""
+    """P3109's StochasticA: up where floor(nu * 2^N) + R >= 2^N, with R the low N bits of random_bits.
+
+    nu = excess / step, so that is nu * 2^N >= 2^N - R; both sides times step / 2^N are exact.
+    """
     n = RANDOM_BITS[random_bits.dtype]
     r = (random_bits & ((1 << n) - 1)).to(a.dtype)  # N <= 24: every integer here is exact in float32
-    return round_by(a, format, lambda nu, is_inexact, code: (nu * 2.0**n).floor() >= 2.0**n - r)
+    return round_by(a, format, lambda nearest, below, excess, step: excess >= (2.0**n - r) * (step * 2.0**-n))
 
 
 def project(q: Tensor, format: FP8Format, saturation: str, rounding: str, random_bits: Tensor | None) -> Tensor:

@@ -24,7 +24,6 @@ Plan = tuple[int, list[int], tuple[Any, ...]]
 MAX_RUNS = 4
 BLOCK = 2048
 NUM_WARPS = 4
-VECTOR = 4
 ROWS, COLUMNS = 8, 512  # of a block with a scale per column
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
@@ -45,7 +44,6 @@ class Walk(NamedTuple):
     moves_in_row: bool = False
     is_columns: bool = False
     is_wide: bool = False
-    vector: int = 4
 
 
 @cache
@@ -94,9 +92,9 @@ def plan(shape: Size, x_strides: Size, scale_strides: Size) -> Plan | None:
         return None
     if runs == 0:
         return plan_one(n)
-    if strides == [1, 0] and sizes[0] % COLUMNS == 0:
+    if strides == [1, 0] and sizes[0] % COLUMNS == 0 and sizes[1] >= ROWS:  # fewer rows could exceed 32-bit offsets
         tiles = sizes[0] // COLUMNS
-        walk = Walk(runs, is_columns=True, is_wide=is_wide, vector=VECTOR)
+        walk = Walk(runs, is_columns=True, is_wide=is_wide)
         return tiles * -(-sizes[1] // ROWS), [tiles, *_NO_RUNS[1:]], (walk, ROWS, COLUMNS)
     moves_in_row = strides[0] == 1
     columns = gcd(BLOCK, *([] if runs == 1 else sizes[:1]), *(strides[1:] if moves_in_row else []))

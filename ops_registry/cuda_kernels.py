@@ -197,8 +197,7 @@ def elements_of(base, row_stride, walk: tl.constexpr, rows: tl.constexpr, column
     """The offsets of a block's elements."""
     i = base + block_of(rows, columns, row_stride)
     # Below a row of scales, a thread takes four elements of any dtype at a time, as it does of the scales.
-    vector: tl.constexpr = walk.vector
-    return tl.max_contiguous(i, [1, vector]) if walk.is_columns else i
+    return tl.max_contiguous(i, [1, 4]) if walk.is_columns else i
 
 
 @triton.jit
@@ -220,16 +219,12 @@ def load_scale(scale_ptr, base, n, sizes, strides, walk: tl.constexpr, rows: tl.
         i = tl.arange(0, rows).to(tl.uint32)
         offset = tl.zeros([rows], tl.int64)
         for run in tl.static_range(walk.runs - 1):
-            first = row % sizes[run]
+            size = sizes[run].to(tl.uint32)
+            i += (row % sizes[run]).to(tl.uint32)
             row = row // sizes[run]
-            if rows == 1:
-                offset += first * strides[run]
-            else:
-                size = sizes[run].to(tl.uint32)
-                i += first.to(tl.uint32)
-                carry = i // size
-                offset += (i - carry * size) * strides[run]
-                i = carry
+            carry = i // size
+            offset += (i - carry * size) * strides[run]
+            i = carry
         offset += (row + i.to(row.dtype)) * strides[walk.runs - 1]
         offset = width * offset[:, None] + tl.arange(0, width)[None, :]
         return tl.load(scale_ptr + offset, None if n is None else base + block_of(rows, width, columns) < n)

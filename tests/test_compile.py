@@ -144,6 +144,7 @@ def test_contraction_to_fma_is_harmless():
         assert_same_bits(torch.compile(f, fullgraph=True)(x), want, x)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 does not heed the switch on a CPU")
 def test_low_precision_arithmetic_around_it_needs_a_switch():
     """Inductor keeps x * 1.5 in float32 where eager rounds it to bfloat16; the operator itself rounds alike."""
     x = torch.randn(10_000).bfloat16()

@@ -6,6 +6,7 @@ prints its progress and, last, a Markdown table for docs/benchmarks.md; exits wi
 not hold. It takes five minutes on an H100. The GPU tests are ``pytest -m gpu``.
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -104,16 +105,23 @@ def exhaustive() -> None:
 
 
 def exhaustive_in_other_modes() -> None:
+    """All 2^32 inputs at scale 1: Triton == the definition == Inductor."""
     one = torch.ones((), device="cuda")
     for rounding in ROUNDINGS[1:]:
-        wrong = 0
+        wrong = {"definition": 0, "compiled": 0}
         for f in FORMATS:
+            compiled = torch.compile(lambda x: altgrad.quantize(x, one, f.name, "propagate", rounding))  # noqa: B023
             for first in range(-(1 << 31), 1 << 31, CHUNK // 2):
                 x = torch.arange(first, first + CHUNK // 2, dtype=torch.int32, device="cuda").view(torch.float32)
                 got = altgrad.quantize(x, one, f.name, "propagate", rounding)
-                wrong += wrong_bits(got, defined(f, x, rounding))
+                wrong["definition"] += wrong_bits(got, defined(f, x, rounding))
+                wrong["compiled"] += wrong_bits(got, compiled(x))
+            torch._dynamo.reset()
         report(
-            f"{rounding}, 2^32 inputs, {len(FORMATS)} formats, against the definition", str(wrong), "0 wrong", not wrong
+            f"{rounding}, 2^32 inputs, {len(FORMATS)} formats, Triton against the definition, Inductor",
+            " ".join(map(str, wrong.values())),
+            "0 wrong",
+            not any(wrong.values()),
         )
 
 
@@ -180,10 +188,38 @@ def fusion() -> None:
     plain, fused = torch.compile(silu), torch.compile(lambda x: silu(altgrad.quantize(x, scale, "E4M3")))
     ratio = statistics.median(milliseconds(lambda: fused(x)) / milliseconds(lambda: plain(x)) for _ in range(5))
     report("compiled silu(quantize(x)), float32, 2^27", f"{ratio:.3f} of silu(x)", "<= 1.02", ratio <= 1.02)
-    for rounding in ("toward_zero", "to_odd"):
+    for rounding in ROUNDINGS[1:]:
         other = torch.compile(lambda x: silu(altgrad.quantize(x, scale, "E4M3", "propagate", rounding)))  # noqa: B023
         ratio = statistics.median(milliseconds(lambda: other(x)) / milliseconds(lambda: plain(x)) for _ in range(3))  # noqa: B023
         rows.append((f"the same, {rounding}", f"{ratio:.3f} of silu(x)", ""))
+
+
+def modes() -> None:
+    """The other roundings beside ties to even, 2^27 float32; random bits are read (given) or made."""
+    from altgrad import quantization
+
+    x, scale = torch.randn(N, device="cuda"), torch.tensor(0.37, device="cuda")
+    int32, uint8 = (torch.randint(0, 256, (N,), dtype=dtype, device="cuda") for dtype in (torch.int32, torch.uint8))
+    nearest = milliseconds(lambda: altgrad.quantize(x, scale, "E4M3"))
+    for rounding in ROUNDINGS[1:]:
+        ratio = milliseconds(lambda: altgrad.quantize(x, scale, "E4M3", "propagate", rounding)) / nearest  # noqa: B023
+        report(f"quantize, {rounding}", f"{ratio:.3f} of ties to even", "<= 1.15", ratio <= 1.15)
+    for name, bits in (("uint8", uint8), ("int32", int32)):
+        ratio = milliseconds(lambda: altgrad.quantize_stochastic(x, scale, bits, "E4M3")) / nearest  # noqa: B023
+        share = (8 + bits.element_size()) / 8
+        report(
+            f"quantize_stochastic, {name} bits given",
+            f"{ratio:.3f} of ties to even",
+            f"<= 1.15 * {share}",
+            ratio <= 1.15 * share,
+        )
+    stochastic = functools.partial(quantization.quantize, format="E4M3", scale=scale, rounding="stochastic")
+    compiled = torch.compile(stochastic, fullgraph=True)
+    drawing = milliseconds(lambda: torch.randint(1 << 24, (N,), dtype=torch.int32, device="cuda")) / nearest
+    rows.append(("torch.randint of int32 bits", f"{drawing:.3f} of ties to even", ""))
+    for name, function in (("eager", stochastic), ("compiled", compiled)):
+        ratio = milliseconds(lambda: function(x)) / nearest  # noqa: B023
+        rows.append((f"quantize, stochastic, bits drawn, {name}", f"{ratio:.3f} of ties to even", ""))
 
 
 def launch() -> None:
@@ -202,6 +238,16 @@ def launch() -> None:
         "altgrad.quantization.quantize, a tensor as scale": lambda: quantization.quantize(x, "E4M3", scale),
         "altgrad.quantization.quantize, a number as scale": lambda: quantization.quantize(x, "E4M3", 0.37),
     }
+    try:
+        from torchao.quantization import quant_primitives as torchao
+
+        e4m3, tensor_scale = torch.float8_e4m3fn, scale.view(1, 1)
+        to_codes = lambda: torchao._quantize_affine_float8(x, tensor_scale, e4m3)  # noqa: E731
+        calls["torchao: quantize and dequantize float8"] = lambda: torchao._dequantize_affine_float8(
+            to_codes(), tensor_scale, torch.float32
+        )
+    except ImportError as error:
+        print(f"left out: {error}")
     for name, call in calls.items():
         times = []
         for _ in range(11):  # the first warms up
@@ -219,7 +265,7 @@ def launch() -> None:
 
 def main() -> None:
     start = time.perf_counter()
-    for section in (bandwidth, fusion, launch, scales, exhaustive, exhaustive_in_other_modes):
+    for section in (bandwidth, fusion, modes, launch, scales, exhaustive, exhaustive_in_other_modes):
         section()
         torch.cuda.empty_cache()
     print(f"\n{time.perf_counter() - start:.0f} s\n")
