@@ -72,13 +72,11 @@ def round_nearest(a: Tensor, format: FP8Format) -> Tensor:
     return torch.where(a < 2.0**format.min_exponent, subnormal, normal)
 
 
-def round_by(
-    a: Tensor, format: FP8Format, rounds_away: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
+def round_by(a: Tensor, format: FP8Format, rounds_away: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """a >= 0 to itself or to the neighbour on the grid that ``rounds_away(nearest, below, excess, step)`` chooses.
 
-    nearest is a rounded to nearest, below the value at or below a, step the distance to the next one, excess = a - below.
-    All of this is exact.
+    nearest is a rounded to nearest, below the value at or below a, step the distance from there to the next one, and
+    excess = a - below. All of this is exact.
     """
     power = split(a, 1)
     power = torch.where(power > a, power * 0.5, power).clamp(min=2.0**format.min_exponent)

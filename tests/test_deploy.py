@@ -28,7 +28,7 @@ def run_package(tmp_path_factory):
 
 
 class Model(nn.Module):
-    """Reads codes as a deployed layer does, and rounds activations; on GPUs Inductor would contract a sum of the two."""
+    """Reads codes as a deployed layer does, and rounds activations. (On GPUs Inductor would contract their sum.)"""
 
     def __init__(self):
         super().__init__()

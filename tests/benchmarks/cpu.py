@@ -25,6 +25,7 @@ from conftest import near_ties  # noqa: E402
 
 from altgrad.quantization import E4M3, FORMAT_REGISTRY, decode, encode, quantize  # noqa: E402
 from ops_registry import cpu  # noqa: E402
+from ops_registry.checks import ROUNDINGS  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = {"64": 64, "64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
@@ -169,6 +170,16 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
         half = x.to(dtype)
         calls = {"`x * 2`": lambda half=half: half * 2, "E4M3": lambda half=half: quantize(half, E4M3, scale)}
         groups[f"quantize, {str(dtype).removeprefix('torch.')}"] = calls, 1.4
+    bits = {dtype: torch.randint(0, 256, (n,), dtype=dtype) for dtype in (torch.uint8, torch.int32)}
+    calls = {"ties to even": lambda: quantize(x, E4M3, scale)}
+    for rounding in ROUNDINGS[1:]:
+        calls[rounding] = lambda rounding=rounding: quantize(x, E4M3, scale, rounding=rounding)
+    for dtype, given in bits.items():
+        name = f"stochastic with {str(dtype).removeprefix('torch.')} bits"
+        calls[name] = lambda b=given: quantize(x, E4M3, scale, rounding="stochastic", random_bits=b)
+    calls["stochastic, bits drawn"] = lambda: quantize(x, E4M3, scale, rounding="stochastic")
+    calls["torch.randint"] = lambda: torch.randint(1 << 24, (n,), dtype=torch.int32)
+    groups["other roundings"] = calls, 1.15
     silu = torch.nn.functional.silu
     compiled = torch.compile(silu, dynamic=False)
     fused = torch.compile(lambda x: silu(quantize(x, E4M3, scale)), fullgraph=True, dynamic=False)
