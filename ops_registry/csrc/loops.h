@@ -32,7 +32,7 @@ INLINE void NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict s
                                 enum rounding rounding, int overflows, const struct NAME(format) * f) {
     for (int64_t i = 0; i < n; i++) {
         const FLOAT s = scale[varies ? i : 0], q = x[i] / s;
-        const UINT r = rounding == STOCHASTIC ? random[i] : 0;
+        const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
         out[i] = s * (variant == GENERAL ? NAME(project)(q, r, rounding, overflows, f)
                                          : NAME(project_nearest)(q, variant, f));
     }
@@ -43,7 +43,7 @@ INLINE void NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict sca
                               enum rounding rounding, const struct NAME(format) * f) {
     for (int64_t i = 0; i < n; i++) {
         const FLOAT q = x[i] / scale[varies ? i : 0];
-        const UINT r = rounding == STOCHASTIC ? random[i] : 0;
+        const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
         out[i] = (uint8_t)(variant == GENERAL ? NAME(pack)(q, r, rounding, f) : NAME(pack_nearest)(q, variant, f));
     }
 }

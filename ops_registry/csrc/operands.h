@@ -157,18 +157,16 @@ static const void *read_stream(const struct stream *s, int64_t begin, int64_t n)
     return s->buffer;
 }
 
-/* n random numbers in their low bits. */
+/* n random numbers, in the low bits of each. */
 static const uint32_t *read_random(const struct stream *s, const struct plan *p, int64_t begin, int64_t n,
                                    uint32_t *restrict numbers) {
     const void *raw = read_stream(s, begin, n);
     const uint8_t *bytes = raw;
-    const uint32_t *words = raw, mask = (1u << p->random_bits) - 1;
-    const int are_bytes = p->dtypes[RANDOM] == UINT8;
-    for (int64_t i = 0; are_bytes && i < n; i++) {
-        numbers[i] = bytes[i];
+    if (p->dtypes[RANDOM] != UINT8) {
+        return raw;
     }
-    for (int64_t i = 0; !are_bytes && i < n; i++) {
-        numbers[i] = words[i] & mask;
+    for (int64_t i = 0; i < n; i++) {
+        numbers[i] = bytes[i];
     }
     return numbers;
 }

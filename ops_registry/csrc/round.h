@@ -18,7 +18,8 @@ struct NAME(format) {
     UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
     UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
-    FLOAT random_range;
+    uint32_t random_mask;
+    FLOAT half_quantum, random_range, random_quantum;    /* quanta for a step of 1 */
 };
 
 INLINE FLOAT NAME(number)(UINT bits) {
@@ -79,20 +80,19 @@ INLINE UINT NAME(round)(UINT a, UINT is_negative, UINT random, enum rounding rou
     UINT nearest = NAME(magnitude)(sum, *magic);
     UINT is_inexact = nearest != a;
     UINT below = sum - (nearest > a);
-    /* a < 2 * (the value below) or that is 0, so the difference is exact, and so is its product with 1 / q. */
-    FLOAT excess = NAME(number)(a) - NAME(number)(NAME(magnitude)(below, *magic));
-    FLOAT nu = excess * NAME(number)(((2 * EXPONENT_BIAS + f->mantissa_bits) << FRACTION_BITS) - step);
+    /* a < 2 * (the value below) or that is 0, so the difference is exact. */
+    FLOAT excess = NAME(number)(a) - NAME(number)(NAME(magnitude)(below, *magic)), unit = NAME(number)(step);
     switch (rounding) {
     case NEAREST_TIES_TO_AWAY:
-        return below + (nu >= (FLOAT)0.5);
+        return below + (excess >= unit * f->half_quantum);
     case TOWARD_POSITIVE:
         return below + (is_inexact & (is_negative ^ 1));
     case TOWARD_NEGATIVE:
         return below + (is_inexact & is_negative);
     case TO_ODD:
         return below + (is_inexact & (below ^ 1) & 1);
-    case STOCHASTIC: /* P3109's StochasticA: floor(nu * 2^N) + R >= 2^N; all of it is exact */
-        return below + ((FLOAT)(int32_t)(nu * f->random_range) + (FLOAT)(int32_t)random >= f->random_range);
+    case STOCHASTIC: /* P3109's StochasticA with nu = excess / quantum: floor(nu * 2^N) >= 2^N - R; all of it is exact */
+        return below + (excess >= (f->random_range - (FLOAT)(int32_t)random) * (unit * f->random_quantum));
     default:
         return below;
     }
@@ -191,7 +191,10 @@ static struct NAME(format) NAME(prepare)(const struct plan *p) {
         .first_signed = !p->has_negative_zero,
         .signed_codes = p->max_code + p->has_inf + p->has_negative_zero,
         .minus_zero = p->has_negative_zero ? SIGN : 0,
+        .half_quantum = (FLOAT)0.5 / (FLOAT)((UINT)1 << p->mantissa_bits),
+        .random_mask = (1u << p->random_bits) - 1,
         .random_range = (FLOAT)((int64_t)1 << p->random_bits),
+        .random_quantum = 1 / (FLOAT)((int64_t)1 << (p->mantissa_bits + p->random_bits)),
     };
     f.max_value = NAME(value)(p->max_code, &f);
     f.limits[0] = NAME(value)(p->limit_codes[0], &f);

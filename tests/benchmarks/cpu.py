@@ -177,9 +177,10 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
     for dtype, given in bits.items():
         name = f"stochastic with {str(dtype).removeprefix('torch.')} bits"
         calls[name] = lambda b=given: quantize(x, E4M3, scale, rounding="stochastic", random_bits=b)
-    calls["stochastic, bits drawn"] = lambda: quantize(x, E4M3, scale, rounding="stochastic")
-    calls["torch.randint"] = lambda: torch.randint(1 << 24, (n,), dtype=torch.int32)
     groups["other roundings"] = calls, 1.15
+    calls = {"torch.randint": lambda: torch.randint(1 << 24, (n,), dtype=torch.int32)}
+    calls["stochastic, bits drawn"] = lambda: quantize(x, E4M3, scale, rounding="stochastic")
+    groups["drawing bits"] = calls, 1.15
     silu = torch.nn.functional.silu
     compiled = torch.compile(silu, dynamic=False)
     fused = torch.compile(lambda x: silu(quantize(x, E4M3, scale)), fullgraph=True, dynamic=False)
