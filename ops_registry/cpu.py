@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import transforms_are_active
 from .checks import (
     RANDOM_BITS,
     ROUNDINGS,
@@ -79,6 +80,8 @@ def _load() -> tuple[Any, str]:
     pointers = [ctypes.c_void_p] * 4
     native.altgrad_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, *pointers, ctypes.c_int64, ctypes.c_void_p]
     native.altgrad_run.restype = None
+    native.altgrad_amax.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
+    native.altgrad_amax.restype = None
     target = select(native, wanted)
     if target is None:
         raise ImportError(f"ALTGRAD_CPU_TARGET={wanted} is neither aten nor an instruction set of this machine")
@@ -168,6 +171,26 @@ def _run(plan: Any, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor |
         ndim = x.ndim
         layout = _layout(x.shape, scale.shape, out.stride(), strides, scale.stride(), random.stride())
     _native.altgrad_run(plan, n, out.data_ptr(), x.data_ptr(), scale.data_ptr(), random.data_ptr(), ndim, layout)
+    return out
+
+
+def reads(x: Tensor) -> bool:
+    """Whether :func:`amax_of_rows` may read x's memory here. It is no operator: nobody must want to see its calls."""
+    return (
+        _native is not None
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not x.is_neg()
+        and not transforms_are_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def amax_of_rows(x: Tensor) -> Tensor:
+    """The largest |x| along the last of x's dimensions, NaN if one is NaN. x is what :func:`reads` accepts."""
+    out = x.new_empty(x.shape[:-1])
+    _native.altgrad_amax(x.element_size(), out.numel(), x.shape[-1], out.data_ptr(), x.data_ptr())
     return out
 
 

@@ -25,6 +25,7 @@ from conftest import (
     reference_encode,
     reference_quantize,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ops_registry import aten, cpu
 from ops_registry.checks import RANDOM_BITS, ROUNDINGS, SATURATIONS
@@ -156,6 +157,37 @@ def test_sizes_and_guards(kernels):
                 assert (outside == 77).all()
             codes = torch.arange(n + offset, dtype=torch.uint8)[offset:]
             assert_same_bits(cpu.decode(codes, one, "E3M4", dtype), aten.decode(codes, one, "E3M4", dtype))
+
+
+@needs_library
+@with_two_threads
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_amax_of_rows(kernels, threads, dtype):
+    if kernels is aten:
+        pytest.skip("aten has no such function")
+    torch.manual_seed(0)
+    for rows, size in [(3, 1), (1000, 7), (5000, 16), (70, 33), (2, 100_000), (1, 0), (0, 16)]:
+        x = (torch.randn(rows, size) * 10).to(dtype)
+        x[1::5] = -0.0
+        x[::7, ::3] = -torch.inf
+        x[::11, ::5] = torch.nan
+        want = x.abs().amax(-1) if size else torch.zeros(rows, dtype=dtype)
+        assert_same_bits(kernels.amax_of_rows(x), want)
+
+
+@needs_library
+def test_amax_of_rows_is_for_memory_that_nobody_else_reads():
+    x = torch.randn(4, 8)
+    assert cpu.reads(x)
+    assert not cpu.reads(x.t())
+    assert not cpu.reads(torch.nn.Parameter(x))
+    assert not cpu.reads(torch._neg_view(x))
+    with FakeTensorMode() as mode:
+        assert not cpu.reads(x)
+        assert not cpu.reads(mode.from_tensor(x))
+    seen = []
+    torch.func.vmap(lambda row: seen.append(cpu.reads(row)) or row)(x)
+    assert seen == [False]
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------
@@ -451,9 +483,7 @@ def test_sanitizers(tmp_path):
     result = build(tmp_path, CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g")
     assert result.returncode == 0, result.stderr
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    tests = (
-        "roundings or decode or dequantize or conversions or sizes or layouts or blocks or flush or threads or calls"
-    )
+    tests = "roundings or decode or dequantize or conversions or sizes or layouts or blocks or flush or threads or calls or amax"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"({tests}) and not aten"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__],

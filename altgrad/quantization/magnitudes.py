@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ops_registry import cpu
 from ops_registry.aten import compute_dtype
 
 
@@ -15,10 +16,12 @@ def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
         return x.new_zeros([1 if dim in dims else size for dim, size in enumerate(x.shape)], dtype=dtype)
     if x.is_cuda or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(x, math.inf, dims, keepdim=True).to(dtype)
-    # On a CPU, where the norm's loop is slow, and writing |x| is too. Few elements a group take torch one by one, so
-    # the two ends of them together.
-    if len(dims) == 1 and x.shape[dims[0]] < 32:
-        least, most = torch.aminmax(x, dim=dims[0], keepdim=True)
+    # On a CPU, where the norm's loop is slow, and writing |x| is too.
+    first = min(dims)
+    if 0 < first == x.ndim - len(dims) and cpu.reads(x):
+        return cpu.amax_of_rows(x.flatten(first)).reshape([*x.shape[:first], *[1] * len(dims)]).to(dtype)
+    if len(dims) == x.ndim:
+        least, most = (end.reshape([1] * x.ndim) for end in torch.aminmax(x))
     else:
         least, most = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
     return torch.maximum(most, -least).abs().to(dtype)  # abs: of -0

@@ -145,15 +145,17 @@ def scaler(
         raise ValueError(f"power_of_two must be one of {', '.join(POWER_OF_TWO_RULES)} or None, got {power_of_two!r}")
     if power_of_two is not None and scale_format is not None:
         raise ValueError("power_of_two and scale_format both round the scale: give one of them")
-    to_scale = _rounded_scale(x, f, power_of_two, scale_format)
 
     def scale_of(group: Tensor, dims: tuple[int, ...]) -> Tensor:
+        if method == "amax":
+            statistic = amax(group, dims)
+            whole = statistic if group.numel() == x.numel() else x  # all of x, or one of its parts with even blocks
+            return _rounded_scale(whole, f, power_of_two, scale_format)(statistic)
+        to_scale = _rounded_scale(x, f, power_of_two, scale_format)
         if method == "percentile":
             return to_scale(percentile(group, dims, fraction))
-        if method == "mse":
-            factors = _MSE_FACTORS if power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
-            return _least_error(group, dims, f, factors, to_scale)
-        return to_scale(amax(group, dims))
+        factors = _MSE_FACTORS if power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
+        return _least_error(group, dims, f, factors, to_scale)
 
     return scale_of
 
@@ -183,7 +185,7 @@ def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
 def _rounded_scale(
     x: Tensor, format: FP8Format, power_of_two: str | None, scale_format: FP8Format | str | None
 ) -> Callable[[Tensor], Tensor]:
-    """The function amax -> scale."""
+    """The function amax -> scale; x has the largest magnitude of the whole tensor."""
     max_value = format.max_representable_value
     if power_of_two is not None:
         return lambda amax: as_power_of_two(amax, format, power_of_two).to(amax.dtype)

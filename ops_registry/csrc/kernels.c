@@ -68,11 +68,34 @@ enum {
 #include "loops.h"
 
 #define JOIN(a, b) a##b
-#define RANGE(target) JOIN(altgrad_range_, target)
+#define FOR_TARGET(name, target) JOIN(name, target)
+
+/* Rows begin to end of a struct rows. Magnitudes are ordered as their bits are, NaN behind infinity. */
+#define LARGEST(TYPE)                                                                                                  \
+    for (int64_t row = begin; row < end; row++) {                                                                      \
+        const TYPE *x = (const TYPE *)rows->x + row * rows->size, magnitude = (TYPE)-1 >> 1;                           \
+        TYPE most = 0;                                                                                                 \
+        for (int64_t i = 0; i < rows->size; i++) {                                                                     \
+            const TYPE a = x[i] & magnitude;                                                                           \
+            most = a > most ? a : most;                                                                                \
+        }                                                                                                              \
+        ((TYPE *)rows->out)[row] = most;                                                                               \
+    }
+
+void FOR_TARGET(altgrad_amax_, TARGET)(int64_t begin, int64_t end, void *argument) {
+    const struct rows *rows = argument;
+    if (rows->width == 2) {
+        LARGEST(uint16_t)
+    } else if (rows->width == 4) {
+        LARGEST(uint32_t)
+    } else {
+        LARGEST(uint64_t)
+    }
+}
 
 /* Elements begin to end of a struct call, in the default floating-point environment, whatever the thread has set:
  * subnormals are not flushed and rounding is to nearest. The environment is restored, its exception flags included. */
-void RANGE(TARGET)(int64_t begin, int64_t end, void *call) {
+void FOR_TARGET(altgrad_range_, TARGET)(int64_t begin, int64_t end, void *call) {
     const struct call *c = call;
     fenv_t caller;
     fegetenv(&caller);

@@ -18,14 +18,17 @@ typedef void (*range_function)(int64_t begin, int64_t end, void *call);
 typedef int32_t (*parallel_function)(int64_t begin, int64_t end, int64_t grain, range_function range, void *call);
 
 void altgrad_range_baseline(int64_t begin, int64_t end, void *call);
+void altgrad_amax_baseline(int64_t begin, int64_t end, void *rows);
 #ifdef ALTGRAD_X86
 void altgrad_range_avx2(int64_t begin, int64_t end, void *call);
+void altgrad_amax_avx2(int64_t begin, int64_t end, void *rows);
 void altgrad_range_avx512(int64_t begin, int64_t end, void *call);
+void altgrad_amax_avx512(int64_t begin, int64_t end, void *rows);
 #endif
 
 enum { GRAIN = 32768 }; /* elements that are worth a thread, as in ATen */
 
-static range_function range;
+static range_function range, amax;
 static parallel_function parallel;
 
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
@@ -36,25 +39,34 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
 #endif
     const struct {
         const char *name;
-        range_function range;
+        range_function range, amax;
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
-        {"avx512", altgrad_range_avx512,
+        {"avx512", altgrad_range_avx512, altgrad_amax_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, has_avx2},
+        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, has_avx2},
 #endif
-        {"baseline", altgrad_range_baseline, 1},
+        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, 1},
     };
     parallel = parallel_for;
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
         if (targets[i].is_supported && (target == NULL || strcmp(target, targets[i].name) == 0)) {
             range = targets[i].range;
+            amax = targets[i].amax;
             return targets[i].name;
         }
     }
     return NULL;
+}
+
+static void run(range_function function, int64_t n, int64_t grain, void *argument) {
+    if (n > grain && parallel != NULL) {
+        parallel(0, n, grain, function, argument);
+    } else {
+        function(0, n, argument);
+    }
 }
 
 enum { MAX_DIMS = 64, WIDTH = 1 + OPERANDS }; /* torch has no tensors of more dimensions */
@@ -95,9 +107,11 @@ EXPORT void altgrad_run(const struct plan *plan, int64_t n, char *out, const cha
                         const char *random, int64_t ndim, const int64_t *layout) {
     int64_t dims[MAX_DIMS][WIDTH] = {{n, 1, 0, 1}};
     struct call call = {plan, out, {x, scale, random}, ndim ? arrange(ndim, layout, dims) : 1, dims[0]};
-    if (n > GRAIN && parallel != NULL) {
-        parallel(0, n, GRAIN, range, &call);
-    } else {
-        range(0, n, &call);
-    }
+    run(range, n, GRAIN, &call);
+}
+
+/* The largest magnitudes of rows of size floats, of width bytes each, that lie side by side. */
+EXPORT void altgrad_amax(int64_t width, int64_t n, int64_t size, void *out, const void *x) {
+    struct rows rows = {x, out, width, size};
+    run(amax, n, GRAIN / (size + 1) + 1, &rows);
 }

@@ -41,4 +41,11 @@ struct call {
     const int64_t *dims; /* ndim rows, from the outermost dimension in out's memory: size, stride of each operand */
 };
 
+/* The largest magnitudes of rows: floats of width bytes, side by side, size of them a row. */
+struct rows {
+    const void *x;
+    void *out; /* one float a row */
+    int64_t width, size;
+};
+
 #endif
