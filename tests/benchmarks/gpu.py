@@ -1,6 +1,6 @@
 """What must hold on a GPU, in one call: all 2^32 float32 inputs, bandwidths, the fused path, launches.
 
-    python3 tests/benchmarks/cuda.py
+    python3 tests/benchmarks/gpu.py
 
 prints its progress and, last, a Markdown table for docs/benchmarks.md; exits with 1 if a bit differs or a bound does
 not hold. It takes five minutes on an H100. The GPU tests are ``pytest -m gpu``.
