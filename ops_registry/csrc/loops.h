@@ -186,5 +186,6 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     }
 }
 
-#undef FOR_EACH_ROUNDING
-#undef LOOP
+#undef SPECIALIZE
+#undef EITHER_SCALE
+#undef WITH_ROUNDING

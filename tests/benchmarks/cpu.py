@@ -10,6 +10,7 @@ shows the work of others (on a quiet machine the two agree).
 
 import ctypes
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -42,13 +43,15 @@ def keep_memory() -> None:
 
 
 def seconds_of(calls: Calls) -> dict[str, float]:
-    """Seconds of each call, the first decile of its runs; the calls take turns."""
+    """Seconds of each call, the first decile of its runs; the calls take turns, in a new order each time."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    turns = list(calls.items())
     for call in calls.values():
         call()
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
+        random.shuffle(turns)
+        for name, call in turns:
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
