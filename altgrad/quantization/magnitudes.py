@@ -17,9 +17,14 @@ def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     if x.is_cuda or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(x, math.inf, dims, keepdim=True).to(dtype)
     # On a CPU, where the norm's loop is slow, and writing |x| is too.
-    first = min(dims)
-    if 0 < first == x.ndim - len(dims) and cpu.reads(x):
-        return cpu.amax_of_rows(x.flatten(first)).reshape([*x.shape[:first], *[1] * len(dims)]).to(dtype)
+    first = x.ndim  # of the last dimensions that are all among dims
+    while first - 1 in dims:
+        first -= 1
+    if 0 < first < x.ndim and cpu.reads(x):
+        rows = cpu.amax_of_rows(x.flatten(first))
+        others = tuple(dim for dim in dims if dim < first)
+        rows = rows.amax(others, keepdim=True) if others else rows
+        return rows.reshape(*rows.shape, *[1] * (x.ndim - first)).to(dtype)
     if len(dims) == x.ndim:
         least, most = (end.reshape([1] * x.ndim) for end in torch.aminmax(x))
     else:

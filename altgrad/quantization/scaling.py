@@ -177,9 +177,8 @@ def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
     else:
         carry = {"floor": 0, "ceil": _MANTISSA, "even": _HALF_STEPS[format.mantissa_bits]}[rule]
         code = ((amax.view(torch.int32) + carry) >> 23) - (math.frexp(max_value)[1] - 1)
-    code = code.clamp(0, 2 * _E8M0_BIAS)
-    scale = torch.where(code == 0, _E8M0_ZERO_BITS, code << 23).view(torch.float32)
-    return scale.masked_fill(amax.isnan(), math.nan)
+    bits = (code.clamp(max=2 * _E8M0_BIAS) << 23).clamp(min=_E8M0_ZERO_BITS)  # what a code below 1 becomes
+    return torch.where(amax.isnan(), math.nan, bits.view(torch.float32))
 
 
 def _rounded_scale(

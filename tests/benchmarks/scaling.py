@@ -13,11 +13,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from altgrad.quantization import (
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+from cpu import keep_memory  # noqa: E402
+
+from altgrad.quantization import (  # noqa: E402
     E4M3,
     MXFP4,
     MXFP8_E4M3,
@@ -108,6 +112,7 @@ def seconds(f: Callable[[], Tensor]) -> float:
 
 @torch.no_grad()
 def main() -> None:
+    keep_memory()
     # One function is compiled for every row; each row is to be compiled as if it were the only one.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 64
