@@ -35,6 +35,15 @@ EDGES = [
 SCALED = "E4M3", "E5M2", "E7M0", "E4M3FNUZ"
 
 
+def test_offsets_in_tall_tiles_fit_32_bits():
+    """Two rows of 2^29 elements: the eighth row of a tile would begin at 7 * 2^29."""
+    for rows in (2, 8):
+        columns = 2**30 // rows
+        _, _, (walk, rows_of_tile, _) = cuda.plan((rows, columns), (columns, 1), (0, 1))
+        assert not walk.is_wide
+        assert not walk.is_columns or rows_of_tile * columns <= 2**30
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None or INTERPRETS, reason="needs triton")
 def test_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
