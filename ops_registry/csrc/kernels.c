@@ -27,6 +27,17 @@
  * format: nothing, M = 0, infinity where overflow saturates, zero without sign. */
 enum variant { PLAIN, POWERS, KEEPS_INFINITY, UNSIGNED_ZERO, GENERAL };
 
+static enum variant variant_of(const struct plan *p) {
+    if (p->operation == DECODE || p->operation == DEQUANTIZE) { /* nothing is rounded */
+        return PLAIN;
+    }
+    const int is_power = p->mantissa_bits == 0, keeps_infinity = p->infinite_code != p->max_code;
+    if (p->rounding != NEAREST_TIES_TO_EVEN || p->overflows || is_power + keeps_infinity + !p->has_negative_zero > 1) {
+        return GENERAL;
+    }
+    return is_power ? POWERS : keeps_infinity ? KEEPS_INFINITY : p->has_negative_zero ? PLAIN : UNSIGNED_ZERO;
+}
+
 enum {
     CHUNK = 1024,  /* elements at a time: their buffers stay in the first-level cache */
     LONG_RUN = 128 /* elements that are worth a turn of their own for sharing a scale */

@@ -118,17 +118,6 @@ static void NAME(dequantize)(const FLOAT *restrict x, const FLOAT *restrict scal
     }
 }
 
-static enum variant NAME(variant_of)(const struct plan *p) {
-    if (p->rounding != NEAREST_TIES_TO_EVEN || p->overflows) {
-        return GENERAL;
-    }
-    const int is_power = p->mantissa_bits == 0, keeps_infinity = p->infinite_code != p->max_code;
-    if (is_power + keeps_infinity + !p->has_negative_zero > 1) {
-        return GENERAL;
-    }
-    return is_power ? POWERS : keeps_infinity ? KEEPS_INFINITY : p->has_negative_zero ? PLAIN : UNSIGNED_ZERO;
-}
-
 /* Elements begin to end of a call, chunk by chunk. */
 static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const struct plan *p = c->plan;
@@ -140,10 +129,9 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     for (int operand = 0; operand < OPERANDS; operand++) {
         streams[operand] = open_stream(c, operand, raw_buffers[operand]);
     }
-    const enum variant variant = NAME(variant_of)(p);
-    const int is_general = variant == GENERAL && (p->operation == QUANTIZE || p->operation == ENCODE);
+    const enum variant variant = variant_of(p);
     const int64_t run = streams[SCALE].run, period = streams[SCALE].period;
-    const int varies = run < LONG_RUN || is_general;
+    const int varies = run < LONG_RUN || variant == GENERAL;
     const int64_t step = period <= CHUNK ? CHUNK / period * period : CHUNK;
     const FLOAT *scale = NULL;
     const uint32_t *random = NULL;

@@ -146,6 +146,22 @@ def readable(seconds: float) -> str:
 # --- Ratios to x * 2 --------------------------------------------------------------------------------------------------
 
 
+def rounding_calls(x: torch.Tensor, scale: torch.Tensor) -> dict[str, tuple[Calls, float]]:
+    """The groups of :func:`ratio_calls` for the roundings that are not the default."""
+    calls: Calls = {"ties to even": lambda: quantize(x, E4M3, scale)}
+    for rounding in ROUNDINGS[1:]:
+        calls[rounding] = lambda rounding=rounding: quantize(x, E4M3, scale, rounding=rounding)
+    for dtype in (torch.uint8, torch.int32):
+        name = f"stochastic with {str(dtype).removeprefix('torch.')} bits"
+        bits = torch.randint(0, 256, x.shape, dtype=dtype)
+        calls[name] = lambda bits=bits: quantize(x, E4M3, scale, rounding="stochastic", random_bits=bits)
+    drawing: Calls = {
+        "torch.randint": lambda: torch.randint(1 << 24, x.shape, dtype=torch.int32),
+        "stochastic, bits drawn": lambda: quantize(x, E4M3, scale, rounding="stochastic"),
+    }
+    return {"other roundings": (calls, 1.15), "drawing bits": (drawing, 1.15)}
+
+
 def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
     """Title -> (calls of which the first is the measure, the bound on the ratio to it)."""
     x, scale = torch.randn(n), torch.tensor(0.37)
@@ -173,17 +189,7 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
         half = x.to(dtype)
         calls = {"`x * 2`": lambda half=half: half * 2, "E4M3": lambda half=half: quantize(half, E4M3, scale)}
         groups[f"quantize, {str(dtype).removeprefix('torch.')}"] = calls, 1.4
-    bits = {dtype: torch.randint(0, 256, (n,), dtype=dtype) for dtype in (torch.uint8, torch.int32)}
-    calls = {"ties to even": lambda: quantize(x, E4M3, scale)}
-    for rounding in ROUNDINGS[1:]:
-        calls[rounding] = lambda rounding=rounding: quantize(x, E4M3, scale, rounding=rounding)
-    for dtype, given in bits.items():
-        name = f"stochastic with {str(dtype).removeprefix('torch.')} bits"
-        calls[name] = lambda b=given: quantize(x, E4M3, scale, rounding="stochastic", random_bits=b)
-    groups["other roundings"] = calls, 1.15
-    calls = {"torch.randint": lambda: torch.randint(1 << 24, (n,), dtype=torch.int32)}
-    calls["stochastic, bits drawn"] = lambda: quantize(x, E4M3, scale, rounding="stochastic")
-    groups["drawing bits"] = calls, 1.15
+    groups |= rounding_calls(x, scale)
     silu = torch.nn.functional.silu
     compiled = torch.compile(silu, dynamic=False)
     fused = torch.compile(lambda x: silu(quantize(x, E4M3, scale)), fullgraph=True, dynamic=False)
@@ -268,7 +274,7 @@ def main() -> None:
         "`python tests/benchmarks/cpu.py --write` measures this and writes it here: calls taking turns in one process,",
         "with warm memory; the time is the first decile of the runs, because the machine is shared. Near ties: values",
         "and midpoints of E4M3 with their float32 neighbours. From run to run a ratio at 1M, where all is in the",
-        "cache, swings by 0.2.",
+        "cache, swings by 0.2, that of float16 by 0.5.",
         machine(),
         "",
         *table,
