@@ -22,9 +22,10 @@ Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
 
 MAX_RUNS = 4
-BLOCK = 2048
 NUM_WARPS = 4
-ROWS, COLUMNS = 8, 512  # of a block with a scale per column
+BLOCK_BYTES = 4096  # of the output
+MAX_REGISTERS = 40  # of a thread, so that 48 warps are at work; what may spill is the way with a mask
+ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the registers that it needs
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
 _NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS
@@ -74,37 +75,33 @@ def runs_of(shape: Size, x_strides: Size, scale_strides: Size) -> tuple[list[int
     return sizes, strides
 
 
-def plan_one(n: int) -> Plan:
-    """The plan for one scale."""
-    return -(-n // BLOCK), _NO_RUNS, (Walk(is_wide=n > _NARROW), 1, BLOCK)
-
-
 @lru_cache(maxsize=4096)
-def plan(shape: Size, x_strides: Size, scale_strides: Size) -> Plan | None:
+def plan(shape: Size, x_strides: Size, scale_shape: Size, scale_strides: Size, block: int) -> Plan | None:
     """How blocks of x meet their scales: (programs, sizes and strides of runs in rows, (walk, rows, columns)).
 
     A row is a power of two of elements of one innermost run. None where the kernels cannot follow.
     """
     n = prod(shape)
-    sizes, strides = runs_of(shape, x_strides, scale_strides)
+    expanded = [0 if size == 1 else stride for size, stride in zip(scale_shape, scale_strides, strict=True)]
+    sizes, strides = runs_of(shape, x_strides, (*[0] * (len(shape) - len(expanded)), *expanded))
     runs, is_wide = len(sizes), n > _NARROW
+    if not any(strides):
+        return -(-n // block), _NO_RUNS, (Walk(is_wide=is_wide), 1, block)
     if runs > MAX_RUNS or any(size >= 2**31 for size in sizes[:-1]):
         return None
-    if runs == 0:
-        return plan_one(n)
     if strides == [1, 0] and sizes[0] % COLUMNS == 0 and sizes[1] >= ROWS:  # fewer rows could exceed 32-bit offsets
         tiles = sizes[0] // COLUMNS
         walk = Walk(runs, is_columns=True, is_wide=is_wide)
         return tiles * -(-sizes[1] // ROWS), [tiles, *_NO_RUNS[1:]], (walk, ROWS, COLUMNS)
     moves_in_row = strides[0] == 1
-    columns = gcd(BLOCK, *([] if runs == 1 else sizes[:1]), *(strides[1:] if moves_in_row else []))
+    columns = gcd(block, *([] if runs == 1 else sizes[:1]), *(strides[1:] if moves_in_row else []))
     if strides[0] > 1:
         columns = 1
     unit = columns if moves_in_row else 1
     padding = MAX_RUNS - runs
     integers = [sizes[0] // columns, *sizes[1:], *[1] * padding][: MAX_RUNS - 1]
     integers += [strides[0] * columns // unit, *[stride // unit for stride in strides[1:]], *[0] * padding]
-    return -(-n // BLOCK), integers, (Walk(runs, moves_in_row, is_wide=is_wide), BLOCK // columns, columns)
+    return -(-n // block), integers, (Walk(runs, moves_in_row, is_wide=is_wide), block // columns, columns)
 
 
 def in_order_of(out: Tensor, x: Tensor) -> Tensor:
@@ -112,35 +109,38 @@ def in_order_of(out: Tensor, x: Tensor) -> Tensor:
     return x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
 
 
-def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor | None], f: FP8Format, *modes: str) -> bool:
+def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str) -> bool:
     """Runs a kernel on out's device and its current stream; False where it cannot serve.
 
-    A 0-d scale on the CPU becomes the argument of a fill: there is no synchronization.
+    A 0-d scale on the CPU becomes an argument of the kernel, or of a fill: there is no synchronization. In inputs, out
+    stands for random bits where there are none.
     """
-    module = kernels()
-    if scale.numel() == 1:
-        planned: Plan | None = plan_one(out.numel())
-    else:
-        planned = plan(out.shape, out.stride(), scale.expand(out.shape).stride())
+    planned = plan(out.shape, out.stride(), scale.shape, scale.stride(), BLOCK_BYTES // out.element_size())
+    module, device = kernels(), out.get_device()
     if module is None or planned is None:
         return False
     programs, integers, layout = planned
     if programs == 0:
         return True
-    device = out.get_device()
+    tensors: list[Any] = [scale, *[in_order_of(out, x) for x in inputs], out]
+    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
     if scale.get_device() != device:
-        scale = torch.full((), scale.item(), dtype=scale.dtype, device=out.device)
-    tensors = [scale, *[x if x is None else in_order_of(out, x) for x in inputs], out]
-    # What Triton would compile another kernel for, all but the integers.
-    types = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
-    key = (kernel, device, layout, f.name, modes, *types)
-    compiled = _compiled.get(key)
-    arguments = (*tensors, out.numel(), *integers, *layout, f, *modes)
-    with torch.cuda.device_of(out):
-        if compiled is not None:
-            compiled[programs, 1, 1](*arguments)
+        tensors[0] = scale.item()
+        if torch.float64 in dtypes[1:]:  # kernels take numbers in float32
+            tensors[0] = torch.full((), tensors[0], dtype=scale.dtype, device=out.device)
         else:
-            _compiled[key] = getattr(module, kernel)[programs, 1, 1](*arguments, num_warps=NUM_WARPS)
+            dtypes[0] = float
+    # Launches by address: Triton would ask the driver where a tensor lies. Kernels differ by alignment.
+    addresses = [tensor if isinstance(tensor, float) else tensor.data_ptr() for tensor in tensors]
+    key = (kernel, device, layout, f.name, modes, *dtypes, *[address % 16 == 0 for address in addresses])
+    compiled = _compiled.get(key)
+    others = (out.numel(), *integers, *layout, f, *modes)
+    if compiled is not None and device == torch.cuda.current_device():
+        compiled[programs, 1, 1](*addresses, *others, stream=torch._C._cuda_getCurrentRawStream(device))
+        return True
+    options = {"num_warps": NUM_WARPS, "maxnreg": None if layout[0].is_columns else MAX_REGISTERS}
+    with torch.cuda.device_of(out):
+        _compiled[key] = getattr(module, kernel)[programs, 1, 1](*tensors, *others, **options)
     return True
 
 
@@ -149,7 +149,7 @@ def quantize(
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding)
     out = torch.empty_like(x)
-    if launch("project_kernel", out, scale, [x, None], f, saturation, rounding):
+    if launch("project_kernel", out, scale, [x, out], f, saturation, rounding):
         return out
     return out.copy_(aten.quantize(x, scale, format, saturation, rounding))
 
@@ -169,7 +169,7 @@ def encode(
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding)
     out = torch.empty_like(x, dtype=torch.uint8)
-    if launch("project_kernel", out, scale, [x, None], f, saturation, rounding):
+    if launch("project_kernel", out, scale, [x, out], f, saturation, rounding):
         return out
     return out.copy_(aten.encode(x, scale, format, saturation, rounding))
 

@@ -12,17 +12,39 @@ _INTEGERS = ["n", "size0", "size1", "size2", "stride0", "stride1", "stride2", "s
 
 
 @triton.jit
-def divide(x, scale, by_reciprocal: tl.constexpr):
-    """x / scale, correctly rounded: Triton's `/` is that in float64 alone.
+def parts_of(scale):
+    """(power, m, r) with |scale| = m / |power| for a power of two and r = 1 / m, correctly rounded; float32.
 
-    by_reciprocal: scale serves many x, and ties go to even. ``aten.divide`` says why that gives the same results.
+    power has the sign of scale, and m is in [1/2, 1), below that for a subnormal scale and up to 4 from 2^126 on.
+    Where scale is 0, infinite or NaN, power is its reciprocal and m = 1.
     """
-    if x.dtype == tl.float64:
-        return x / scale
-    elif by_reciprocal:
-        return (x.to(tl.float64) * (1.0 / scale.to(tl.float64))).to(tl.float32)
+    bits = scale.to(tl.int32, bitcast=True)
+    exponent = bits & 0x7F800000
+    power = (tl.maximum(0x7E800000 - exponent, 0x00800000) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    is_special = (exponent == 0x7F800000) | (scale == 0)
+    m = tl.where(is_special, scale, scale * power)
+    r = tl.div_rn(1.0, m)
+    return tl.where(is_special, r, power), tl.where(is_special, 1.0, m), tl.where(is_special, 1.0, r)
+
+
+@triton.jit
+def quotient(x, scale, limit: tl.constexpr, by_reciprocal: tl.constexpr):
+    """(min(|x / scale|, limit), whether the quotient is infinite, a number with its sign), correctly rounded.
+
+    by_reciprocal: scale serves many x, and results below 2^-100 need not be exact. x * power is exact where the
+    quotient is not below that; a product with r is off by less than 1.5 ulp, and what is left of the dividend corrects
+    it: tests/test_cuda.py tries the quotients for which that might not do. Quotients overflow from m * 2^128 on.
+    """
+    if by_reciprocal:
+        power, m, r = parts_of(scale)
+        x = x * power
+        a = tl.minimum(tl.abs(x), m * limit, propagate_nan=tl.PropagateNan.ALL)
+        q = a * r
+        return tl.fma(tl.fma(q, -m, a), r, q), tl.abs(x) >= m * 2.0**64 * 2.0**64, x
     else:
-        return tl.div_rn(x, scale)
+        q = x / scale if x.dtype == tl.float64 else tl.div_rn(x, scale)  # Triton's float32 `/` is not IEEE's
+        a = tl.abs(q)
+        return tl.where(a > limit, limit, a), a == float("inf"), q
 
 
 @triton.jit
@@ -113,18 +135,19 @@ def round_to_format(a, is_negative, random, format: tl.constexpr, rounding: tl.c
 
 
 @triton.jit
-def project(q, random, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr):
-    """The magnitude of the projection of q: rounded, then saturated; NaN stays NaN in every format."""
+def project(
+    a, is_infinite, is_negative, random, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr
+):
+    """The magnitude of the projection, rounded and saturated, of a = min(|q|, the limit); NaN stays NaN.
+
+    Rounding is monotone and max is on the grid, so limiting first gives the same.
+    """
     max_value: tl.constexpr = format.max_representable_value
-    overflow_value: tl.constexpr = format.overflow_value
-    a = tl.abs(q)
-    is_negative = q < 0
+    r = round_to_format(a, is_negative, random, format, rounding)
     if saturation == "none" and format.has_nan:
-        # One step beyond max is enough to see the overflow.
-        r = round_to_format(tl.where(a > overflow_value, overflow_value, a), is_negative, random, format, rounding)
         overflows = r > max_value
         if rounding == "toward_zero" or rounding == "toward_positive" or rounding == "toward_negative":
-            stops = overflows & (a < float("inf"))  # rounding a finite value inwards stops at max
+            stops = overflows & ~is_infinite  # rounding a finite value inwards stops at max
             if rounding == "toward_positive":
                 stops = stops & is_negative
             elif rounding == "toward_negative":
@@ -132,11 +155,9 @@ def project(q, random, format: tl.constexpr, saturation: tl.constexpr, rounding:
             r = tl.where(stops, max_value, r)
             overflows = overflows & ~stops
         return tl.where(overflows, float("inf") if format.has_inf else float("nan"), r)
+    elif saturation == "propagate" and format.has_inf:
+        return tl.where(is_infinite, float("inf"), r)
     else:
-        # Rounding is monotone and max is on the grid, so saturating first gives the same.
-        r = round_to_format(tl.where(a > max_value, max_value, a), is_negative, random, format, rounding)
-        if saturation == "propagate" and format.has_inf:
-            r = tl.where(a == float("inf"), a, r)
         return r
 
 
@@ -157,17 +178,21 @@ def pack(r, q, format: tl.constexpr):
     """The codes of magnitudes r on the grid, infinite or NaN, with the sign of q.
 
     Times 2^(-126 - min_exponent), normals of the format are normal float32 and subnormals are subnormal, so the leading
-    bits are the code. Both factors are exact: a product is a multiple of 2^(-126 - M).
+    bits are the code. The product is exact, being a multiple of 2^(-126 - M). The code is put together where the sign
+    bit is and shifted down last, which costs nothing where that takes the highest byte.
     """
-    magnitude = (r.to(tl.float32) * 2.0**-format.min_exponent) * 2.0**-126
-    code = magnitude.to(tl.int32, bitcast=True) >> (23 - format.mantissa_bits)
+    down: tl.constexpr = 32 - format.bits
+    to_normal: tl.constexpr = -126 - format.min_exponent
+    # A power below 2^-126 is no constant for a compiler that may flush it.
+    magnitude = r.to(tl.float32) * 2.0 ** max(to_normal, -126) * 2.0 ** min(to_normal + 126, 0)
+    code = magnitude.to(tl.uint32, bitcast=True) << (8 - format.exponent_bits)
     if format.inf_code is not None:
-        code = tl.where(r == float("inf"), format.inf_code, code)
-    sign = (q.to(tl.float32).to(tl.int32, bitcast=True) >> (32 - format.bits)) & format.sign_code
+        code = tl.where(r == float("inf"), format.inf_code << down, code)
+    sign = q.to(tl.float32).to(tl.uint32, bitcast=True) & 0x80000000
     if not format.has_negative_zero:
         sign = tl.where(code == 0, 0, sign)
     nan_code: tl.constexpr = format.max_code if format.nan_code is None else format.nan_code
-    return tl.where(r != r, nan_code, code | sign).to(tl.uint8)
+    return (tl.where(r != r, nan_code << down, code | sign) >> down).to(tl.uint8)
 
 
 @triton.jit
@@ -201,17 +226,25 @@ def elements_of(base, row_stride, walk: tl.constexpr, rows: tl.constexpr, column
 
 
 @triton.jit
-def load_scale(scale_ptr, base, n, sizes, strides, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+def elements_exist(base, row_stride, n, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """Which elements of a block are among the n; below a row of scales, rows are or are not as a whole."""
+    return base + block_of(rows, 1 if walk.is_columns else columns, row_stride) < n
+
+
+@triton.jit
+def load_scale(
+    scale_ptr, base, column, n, sizes, strides, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+):  # fmt: skip
     """The scales of a block: one, or of shape [1, columns], [rows, 1] or [rows, columns].
 
     Where scale walks through nested runs of rows, the innermost first, a step along a run moves it by the stride of the
     run, in units of what a row moves it by, 1 or its columns. Divisions of vectors are of 32 unsigned bits: inner runs
-    are shorter than 2^31, and so is what is added to them. n None: the whole block is there.
+    are shorter than 2^31, and so is what is added to them. n None: the whole block is there. One scale may be given as
+    a number.
     """
     if walk.runs == 0:
-        return tl.load(scale_ptr)
+        return tl.load(scale_ptr) if scale_ptr.dtype.is_ptr() else scale_ptr
     elif walk.is_columns:
-        column = tl.multiple_of(base % (sizes[0] * columns), columns)
         return tl.load(scale_ptr + column + block_of(1, columns, 0))
     else:
         width: tl.constexpr = columns if walk.moves_in_row else 1
@@ -232,18 +265,22 @@ def load_scale(scale_ptr, base, n, sizes, strides, walk: tl.constexpr, rows: tl.
 
 @triton.jit
 def project_block(
-    x_ptr, scale_ptr, random_ptr, out_ptr, base, row_stride, n, sizes, strides, walk: tl.constexpr,
+    x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
 ):  # fmt: skip
     i = elements_of(base, row_stride, walk, rows, columns)
-    mask = None if n is None else i < n
+    mask = None if n is None else elements_exist(base, row_stride, n, walk, rows, columns)
     x = tl.load(x_ptr + i, mask)
     compute: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
-    scale = load_scale(scale_ptr, base, n, sizes, strides, walk, rows, columns).to(compute)
-    random = None if random_ptr is None else tl.load(random_ptr + i, mask)
-    by_reciprocal: tl.constexpr = not walk.moves_in_row and rounding == "nearest_ties_to_even"
-    q = divide(x.to(compute), scale, by_reciprocal)
-    r = project(q, random, format, saturation, rounding)
+    scale = load_scale(scale_ptr, base, column, n, sizes, strides, walk, rows, columns).to(compute)
+    random = tl.load(random_ptr + i, mask) if rounding == "stochastic" else None
+    # One step beyond max is enough to see an overflow.
+    overflows: tl.constexpr = saturation == "none" and format.has_nan
+    limit: tl.constexpr = format.overflow_value if overflows else format.max_representable_value
+    is_nearest: tl.constexpr = rounding == "nearest_ties_to_even" and format.quantum >= 2.0**-98
+    by_reciprocal: tl.constexpr = is_nearest and compute == tl.float32 and not walk.moves_in_row
+    a, is_infinite, q = quotient(x.to(compute), scale, limit, by_reciprocal)
+    r = project(a, is_infinite, q < 0, random, format, saturation, rounding)
     if out_ptr.dtype.element_ty == tl.uint8:
         tl.store(out_ptr + i, pack(r, q, format), mask)
     else:  # multiply
@@ -252,21 +289,21 @@ def project_block(
 
 @triton.jit
 def decode_block(
-    codes_ptr, scale_ptr, out_ptr, base, row_stride, n, sizes, strides, walk: tl.constexpr,
+    codes_ptr, scale_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr,
 ):  # fmt: skip
     i = elements_of(base, row_stride, walk, rows, columns)
-    mask = None if n is None else i < n
+    mask = None if n is None else elements_exist(base, row_stride, n, walk, rows, columns)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    scale = load_scale(scale_ptr, base, n, sizes, strides, walk, rows, columns).to(compute)
+    scale = load_scale(scale_ptr, base, column, n, sizes, strides, walk, rows, columns).to(compute)
     value = unpack(tl.load(codes_ptr + i, mask), format).to(compute)
     tl.store(out_ptr + i, (value * scale).to(dtype), mask)
 
 
 @triton.jit
 def place_of(n, size0, size1, size2, walk: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """(offset of this program's block, stride of its rows, n, sizes), of 64 bits only where the tensor needs them.
+    """(offset of this program's block, its column, stride of its rows, n, sizes), of 64 bits only where needed.
 
     Blocks tile memory, or a matrix with a scale per column.
     """
@@ -275,11 +312,12 @@ def place_of(n, size0, size1, size2, walk: tl.constexpr, rows: tl.constexpr, col
     sizes = (size0.to(index), size1.to(index), size2.to(index))
     if walk.is_columns:
         row_stride = sizes[0] * columns
-        base = program // sizes[0] * (rows * row_stride) + program % sizes[0] * columns
+        column = program % sizes[0] * columns
+        base = program // sizes[0] * (rows * row_stride) + column
     else:
-        row_stride = columns
+        row_stride, column = columns, 0
         base = program * (rows * columns)
-    return base, row_stride, n.to(index), sizes
+    return base, column, row_stride, n.to(index), sizes
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -289,16 +327,16 @@ def project_kernel(
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
 ):  # fmt: skip
     """quantize and, where out is uint8, encode: n elements in memory order, a block a program."""
-    base, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
+    base, column, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
     strides = (stride0, stride1, stride2, stride3)
     if base + (rows - 1) * row_stride + columns <= n:  # without a mask, accesses are of 16 bytes whatever n is
         project_block(
-            x_ptr, scale_ptr, random_ptr, out_ptr, base, row_stride, None, sizes, strides, walk, rows, columns,
+            x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, None, sizes, strides, walk, rows, columns,
             format, saturation, rounding,
         )  # fmt: skip
     else:
         project_block(
-            x_ptr, scale_ptr, random_ptr, out_ptr, base, row_stride, n, sizes, strides, walk, rows, columns,
+            x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk, rows, columns,
             format, saturation, rounding,
         )  # fmt: skip
 
@@ -310,11 +348,13 @@ def decode_kernel(
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr,
 ):  # fmt: skip
     """decode: n codes in memory order, a block a program."""
-    base, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
+    base, column, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
     strides = (stride0, stride1, stride2, stride3)
     if base + (rows - 1) * row_stride + columns <= n:
         decode_block(
-            codes_ptr, scale_ptr, out_ptr, base, row_stride, None, sizes, strides, walk, rows, columns, format
+            codes_ptr, scale_ptr, out_ptr, base, column, row_stride, None, sizes, strides, walk, rows, columns, format
         )  # fmt: skip
     else:
-        decode_block(codes_ptr, scale_ptr, out_ptr, base, row_stride, n, sizes, strides, walk, rows, columns, format)
+        decode_block(
+            codes_ptr, scale_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk, rows, columns, format
+        )
