@@ -1,11 +1,12 @@
 """What must hold on a GPU, in one call: all 2^32 float32 inputs, bandwidths, the fused path, launches.
 
-    python3 tests/benchmarks/gpu.py
+    python3 tests/benchmarks/gpu.py [--sections bandwidth launch ...]
 
 prints its progress and, last, a Markdown table for docs/benchmarks.md; exits with 1 if a bit differs or a bound does
 not hold. It takes five minutes on an H100. The GPU tests are ``pytest -m gpu``.
 """
 
+import argparse
 import functools
 import statistics
 import sys
@@ -263,10 +264,15 @@ def launch() -> None:
             rows.append((f"launch: {name}", f"{microseconds:.1f} us", ""))
 
 
+SECTIONS = {f.__name__: f for f in (bandwidth, fusion, modes, launch, scales, exhaustive, exhaustive_in_other_modes)}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     start = time.perf_counter()
-    for section in (bandwidth, fusion, modes, launch, scales, exhaustive, exhaustive_in_other_modes):
-        section()
+    for name in parser.parse_args().sections:
+        SECTIONS[name]()
         torch.cuda.empty_cache()
     print(f"\n{time.perf_counter() - start:.0f} s\n")
     driver = torch.cuda.get_device_properties(0)
