@@ -38,10 +38,25 @@ INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
 EDGES = [
     resolve(name)
-    for name in ("E0M7", "E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e4m0b8fnuz", "e0m7b20f", "e3m2b-60f", "e2m2b100f")
+    for name in ("E0M7", "E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e4m0b8fnuz", "e0m7b20f", "e3m2b-60f", "e2m2b122f")
 ]
 SCALED = "E4M3", "E5M2", "E7M0", "E4M3FNUZ"
-SPECIAL_SCALES = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -0.37, 1e-42, -3e-45, 2.0**-126, 2.0**126, 3e38, 1e-30]
+SPECIAL_SCALES = [
+    0.95,
+    0.98,
+    0.0,
+    -0.0,
+    torch.inf,
+    -torch.inf,
+    torch.nan,
+    -0.37,
+    1e-42,
+    -3e-45,
+    2.0**-126,
+    2.0**126,
+    3e38,
+    1e-30,
+]
 
 
 def test_offsets_in_tall_tiles_fit_32_bits():
@@ -86,7 +101,8 @@ def check_special_scales(f, device):
     """Scales that split into power and significand in a way of their own, at inputs whose quotients are near ties."""
     for value in SPECIAL_SCALES:
         scale = torch.tensor(value)
-        x = torch.cat([near_ties(f), near_ties(f) * scale, random_bit_patterns(2_000)])
+        scaled = near_ties(f) * scale
+        x = torch.cat([near_ties(f), scaled, scaled.nextafter(torch.tensor(torch.inf)), random_bit_patterns(2_000)])
         for saturation in SATURATIONS:
             got = cuda.quantize(x.to(device), scale.to(device), f.name, saturation)
             assert_same_bits(got, reference_quantize(f, x, scale, saturation), x)
