@@ -267,7 +267,7 @@ def test_blocks_and_channels(threads):
     torch.manual_seed(0)
     x = torch.randn(64, 40, 32)
     check_call(x, torch.rand(64, 40, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
-    images = torch.randn(4, 3, 61, 67)
+    images = torch.randn(5, 3, 61, 67)  # the second thread begins within a channel
     bits = torch.randint(0, 1 << 24, images.shape, dtype=torch.int32)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         check_call(images.to(memory_format=memory_format), torch.rand(3, 1, 1) + 0.5, bits)

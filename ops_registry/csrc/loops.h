@@ -127,7 +127,7 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     uint32_t random_buffer[CHUNK];
     struct stream streams[OPERANDS];
     for (int operand = 0; operand < OPERANDS; operand++) {
-        streams[operand] = open_stream(c, operand, raw_buffers[operand]);
+        streams[operand] = open_stream(c, operand, begin, raw_buffers[operand]);
     }
     const enum variant variant = variant_of(p);
     const int64_t run = streams[SCALE].run, period = streams[SCALE].period;
@@ -135,21 +135,23 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const int64_t step = period <= CHUNK ? CHUNK / period * period : CHUNK;
     const FLOAT *scale = NULL;
     const uint32_t *random = NULL;
+    int64_t rest = run - begin % run; /* of the run of one scale */
     for (int64_t n; begin < end; begin += n) {
         n = end - begin < step ? end - begin : step;
         if (!varies) {
-            const int64_t rest = run - begin % run;
             n = n < rest ? n : rest;
+            rest = rest == n ? run : rest - n;
         }
         /* A step is whole periods where these are short, and then what was read once serves all. */
         if (scale == NULL || (varies ? period > CHUNK : run < end)) {
             const int64_t scales = varies ? n : 1;
-            scale = NAME(convert)(read_stream(&streams[SCALE], begin, scales), p->dtypes[SCALE], scales, scale_buffer);
+            scale = NAME(convert)(read_stream(&streams[SCALE], scales), p->dtypes[SCALE], scales, scale_buffer);
+            skip(&streams[SCALE], n - scales);
         }
-        const void *raw = read_stream(&streams[X], begin, n);
+        const void *raw = read_stream(&streams[X], n);
         const FLOAT *x = p->operation == DECODE ? NULL : NAME(convert)(raw, p->dtypes[X], n, x_buffer);
         if (p->rounding == STOCHASTIC) {
-            random = read_random(&streams[RANDOM], p, begin, n, random_buffer);
+            random = read_random(&streams[RANDOM], p, n, random_buffer);
         }
         char *to = c->out + begin * size_of(p->out_dtype);
         if (p->operation == ENCODE) {

@@ -106,7 +106,8 @@ static int64_t arrange(int64_t ndim, const int64_t *layout, int64_t (*dims)[WIDT
 EXPORT void altgrad_run(const struct plan *plan, int64_t n, char *out, const char *x, const char *scale,
                         const char *random, int64_t ndim, const int64_t *layout) {
     int64_t dims[MAX_DIMS][WIDTH] = {{n, 1, 0, 1}};
-    struct call call = {plan, out, {x, scale, random}, ndim ? arrange(ndim, layout, dims) : 1, dims[0]};
+    const int64_t count = arrange(ndim, layout, dims);
+    struct call call = {plan, out, {x, scale, random}, count > 0 ? count : 1, dims[0]};
     run(range, n, GRAIN, &call);
 }
 

@@ -77,7 +77,7 @@ INLINE int64_t size_of(enum dtype dtype) {
     return dtype == UINT8 ? 1 : dtype == FLOAT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : 2;
 }
 
-/* An operand as a sequence in the memory order of the output. */
+/* An operand as a sequence in the memory order of the output, and a place in it. */
 struct stream {
     const char *data;
     int64_t size;     /* of an element, in bytes */
@@ -87,10 +87,13 @@ struct stream {
     const struct call *call;
     int operand;
     void *buffer; /* for CHUNK elements */
+    int64_t inner, inner_stride, rows, row_stride; /* the last two dimensions */
+    int64_t place, position, row, rest; /* place = (rest * rows + row) * inner + position */
 };
 
-static struct stream open_stream(const struct call *c, int operand, void *buffer) {
-    struct stream s = {c->data[operand], size_of(c->plan->dtypes[operand]), 1, INT64_MAX, 1, c, operand, buffer};
+static struct stream open_stream(const struct call *c, int operand, int64_t place, void *buffer) {
+    struct stream s = {.data = c->data[operand], .size = size_of(c->plan->dtypes[operand]), .period = 1,
+                       .run = INT64_MAX, .is_contiguous = 1, .call = c, .operand = operand, .buffer = buffer};
     int64_t inner = 1;
     for (int64_t d = c->ndim - 1; d >= 0; d--) {
         const int64_t *dim = c->dims + d * (1 + OPERANDS), stride = dim[1 + operand];
@@ -99,6 +102,15 @@ static struct stream open_stream(const struct call *c, int operand, void *buffer
         inner *= dim[0];
         s.period = stride ? inner : s.period;
     }
+    const int64_t *last = c->dims + (c->ndim - 1) * (1 + OPERANDS), *before = last - (1 + OPERANDS);
+    s.inner = last[0];
+    s.inner_stride = last[1 + operand];
+    s.rows = c->ndim > 1 ? before[0] : 1;
+    s.row_stride = c->ndim > 1 ? before[1 + operand] : 0;
+    s.place = place;
+    s.position = place % s.inner;
+    s.row = place / s.inner % s.rows;
+    s.rest = place / s.inner / s.rows;
     return s;
 }
 
@@ -128,39 +140,63 @@ static void copy_run(char *restrict to, const char *restrict from, int64_t run, 
 }
 #undef COPY
 
-/* Elements begin to begin + n <= CHUNK of a stream: in place where they lie side by side, else in its buffer. */
-static const void *read_stream(const struct stream *s, int64_t begin, int64_t n) {
+/* Moves on by n elements. There is no division: that takes as long as the arithmetic of a hundred elements. */
+static void skip(struct stream *s, int64_t n) {
+    s->place += n;
+    s->position += n;
+    for (; s->position >= s->inner; s->position -= s->inner) {
+        if (++s->row == s->rows) {
+            s->row = 0;
+            s->rest++;
+        }
+    }
+}
+
+/* The next n <= CHUNK elements of a stream: in place where they lie side by side, else in its buffer. */
+static const void *read_stream(struct stream *s, int64_t n) {
+    s->place += n;
     if (s->is_contiguous) {
-        return s->data + begin * s->size;
+        return s->data + (s->place - n) * s->size;
     }
     const int64_t *dims = s->call->dims, width = 1 + OPERANDS;
-    const int64_t inner = dims[(s->call->ndim - 1) * width], stride = dims[(s->call->ndim - 1) * width + 1 + s->operand];
-    const int64_t rows = s->call->ndim > 1 ? dims[(s->call->ndim - 2) * width] : 1;
-    const int64_t row_stride = s->call->ndim > 1 ? dims[(s->call->ndim - 2) * width + 1 + s->operand] : 0;
-    for (int64_t done = 0; done < n;) {
-        int64_t position = (begin + done) % inner, row = (begin + done) / inner % rows;
-        int64_t rest = (begin + done) / inner / rows, offset = row * row_stride;
+    const int64_t inner = s->inner, stride = s->inner_stride, rows = s->rows, row_stride = s->row_stride, size = s->size;
+    int64_t position = s->position, row = s->row, rest = s->rest;
+    const char *in_place = NULL;
+    for (int64_t done = 0, stop = 0; done < n;) {
+        int64_t offset = row * row_stride, outer = rest;
         for (int64_t d = s->call->ndim - 3; d >= 0; d--) {
-            offset += rest % dims[d * width] * dims[d * width + 1 + s->operand];
-            rest /= dims[d * width];
+            offset += outer % dims[d * width] * dims[d * width + 1 + s->operand];
+            outer /= dims[d * width];
         }
         for (; row < rows && done < n; row++, offset += row_stride, position = 0) {
             const int64_t run = inner - position < n - done ? inner - position : n - done;
-            const char *from = s->data + (offset + position * stride) * s->size;
-            if (run == n && stride == 1) {
-                return from;
+            const char *from = s->data + (offset + position * stride) * size;
+            if (run == n && (stride == 1 || n == 1)) {
+                in_place = from;
+            } else {
+                copy_run((char *)s->buffer + done * size, from, run, stride, size);
             }
-            copy_run((char *)s->buffer + done * s->size, from, run, stride, s->size);
             done += run;
+            stop = position + run;
+        }
+        if (stop < inner) {
+            row--;
+            position = stop;
+        } else if (row == rows) {
+            row = 0;
+            rest++;
         }
     }
-    return s->buffer;
+    s->position = position;
+    s->row = row;
+    s->rest = rest;
+    return in_place != NULL ? in_place : s->buffer;
 }
 
 /* n random numbers, in the low bits of each. */
-static const uint32_t *read_random(const struct stream *s, const struct plan *p, int64_t begin, int64_t n,
+static const uint32_t *read_random(struct stream *s, const struct plan *p, int64_t n,
                                    uint32_t *restrict numbers) {
-    const void *raw = read_stream(s, begin, n);
+    const void *raw = read_stream(s, n);
     const uint8_t *bytes = raw;
     if (p->dtypes[RANDOM] != UINT8) {
         return raw;
