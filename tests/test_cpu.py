@@ -265,8 +265,10 @@ def test_scale_layouts(name, shape):
 def test_blocks_and_channels(threads):
     """Enough elements for two threads."""
     torch.manual_seed(0)
-    x = torch.randn(64, 40, 32)
-    check_call(x, torch.rand(64, 40, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
+    for width in (16, 32, 48, 50):
+        x = torch.randn(64, 41, width)
+        check_call(x, torch.rand(64, 41, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
+        check_call(x, torch.rand(41, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
     images = torch.randn(5, 3, 61, 67)  # the second thread begins within a channel
     bits = torch.randint(0, 1 << 24, images.shape, dtype=torch.int32)
     for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -140,6 +140,20 @@ static void copy_run(char *restrict to, const char *restrict from, int64_t run, 
 }
 #undef COPY
 
+/* One element of each of count rows, width times: blocks with a scale each. It writes whole vectors, up to 15 elements
+ * too many: those of the next row come later, and a buffer for CHUNK elements of 8 bytes has room behind the last. */
+static void repeat_each(uint32_t *restrict to, const uint32_t *restrict from, int64_t count, int64_t stride,
+                        int64_t width) {
+    for (int64_t row = 0; row < count; row++, to += width) {
+        const uint32_t element = from[row * stride];
+        for (int64_t i = 0; i < width; i += 16) {
+            for (int64_t j = 0; j < 16; j++) {
+                to[i + j] = element;
+            }
+        }
+    }
+}
+
 /* Moves on by n elements. There is no division: that takes as long as the arithmetic of a hundred elements. */
 static void skip(struct stream *s, int64_t n) {
     s->place += n;
@@ -167,6 +181,14 @@ static const void *read_stream(struct stream *s, int64_t n) {
         for (int64_t d = s->call->ndim - 3; d >= 0; d--) {
             offset += outer % dims[d * width] * dims[d * width + 1 + s->operand];
             outer /= dims[d * width];
+        }
+        if (stride == 0 && size == 4 && position == 0) {
+            const int64_t left = (n - done) / inner, count = left < rows - row ? left : rows - row;
+            repeat_each((uint32_t *)s->buffer + done, (const uint32_t *)s->data + offset, count, row_stride, inner);
+            done += count * inner;
+            row += count;
+            offset += count * row_stride;
+            stop = inner;
         }
         for (; row < rows && done < n; row++, offset += row_stride, position = 0) {
             const int64_t run = inner - position < n - done ? inner - position : n - done;
