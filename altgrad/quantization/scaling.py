@@ -195,8 +195,8 @@ def _rounded_scale(
     smallest = f.smallest_normal or f.smallest_subnormal  # below it the rounding would clip
 
     def to_scale(amax: Tensor) -> Tensor:
-        quotient = divide(divide(amax, amax.new_full((), max_value)), tensor_scale)
-        return quantize(quotient.clamp(min=smallest), f, tensor_scale.new_ones(())) * tensor_scale
+        scale = quantize(divide(amax, amax.new_full((), max_value)), f, tensor_scale)
+        return scale.clamp(min=smallest * tensor_scale)
 
     return to_scale
 
