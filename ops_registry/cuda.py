@@ -24,7 +24,7 @@ Plan = tuple[int, list[int], tuple[Any, ...]]
 MAX_RUNS = 4
 NUM_WARPS = 4
 BLOCK_BYTES = 4096  # of the output
-MAX_REGISTERS = 40  # of a thread, so that 48 warps are at work; what may spill is the way with a mask
+MAX_REGISTERS = 40  # of a thread, so that 48 warps are at work; measured in float32 and bfloat16
 ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the registers that it needs
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
@@ -125,14 +125,14 @@ def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8
     tensors: list[Any] = [scale, *[in_order_of(out, x) for x in inputs], out]
     dtypes: list[Any] = [tensor.dtype for tensor in tensors]
     if scale.get_device() != device:
-        tensors[0] = scale.item()
         if torch.float64 in dtypes[1:]:  # kernels take numbers in float32
-            tensors[0] = torch.full((), tensors[0], dtype=scale.dtype, device=out.device)
+            tensors[0] = torch.full((), scale.item(), dtype=scale.dtype, device=out.device)
         else:
-            dtypes[0] = float
+            tensors[0], dtypes[0] = scale.float().item(), float
     # Launches by address: Triton would ask the driver where a tensor lies. Kernels differ by alignment.
     addresses = [tensor if isinstance(tensor, float) else tensor.data_ptr() for tensor in tensors]
-    key = (kernel, device, layout, f.name, modes, *dtypes, *[address % 16 == 0 for address in addresses])
+    is_aligned = [isinstance(address, float) or address % 16 == 0 for address in addresses]
+    key = (kernel, device, layout, f.name, modes, *dtypes, *is_aligned)
     compiled = _compiled.get(key)
     others = (out.numel(), *integers, *layout, f, *modes)
     if compiled is not None and device == torch.cuda.current_device():

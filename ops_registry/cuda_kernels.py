@@ -33,7 +33,8 @@ def quotient(x, scale, limit: tl.constexpr, by_reciprocal: tl.constexpr):
 
     by_reciprocal: scale serves many x, and results below 2^-100 need not be exact. x * power is exact where the
     quotient is not below that; a product with r is off by less than 1.5 ulp, and what is left of the dividend corrects
-    it: tests/test_cuda.py tries the quotients for which that might not do. Quotients overflow from m * 2^128 on.
+    it: tests/test_cuda.py tries the quotients for which that might not do. A limited quotient may be an ulp off the
+    limit, which rounding to nearest removes. Quotients overflow from m * 2^128 on.
     """
     if by_reciprocal:
         power, m, r = parts_of(scale)

@@ -266,8 +266,8 @@ def test_blocks_and_channels(threads):
     """Enough elements for two threads."""
     torch.manual_seed(0)
     for width in (16, 32, 48, 50):
-        x = torch.randn(64, 41, width)
-        check_call(x, torch.rand(64, 41, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
+        x = torch.randn(63, 41, width)  # the second thread begins within a block
+        check_call(x, torch.rand(63, 41, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
         check_call(x, torch.rand(41, 1) + 0.5, torch.randint(0, 1 << 24, x.shape, dtype=torch.int32))
     images = torch.randn(5, 3, 61, 67)  # the second thread begins within a channel
     bits = torch.randint(0, 1 << 24, images.shape, dtype=torch.int32)

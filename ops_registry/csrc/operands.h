@@ -102,7 +102,8 @@ static struct stream open_stream(const struct call *c, int operand, int64_t plac
         inner *= dim[0];
         s.period = stride ? inner : s.period;
     }
-    const int64_t *last = c->dims + (c->ndim - 1) * (1 + OPERANDS), *before = last - (1 + OPERANDS);
+    const int64_t *last = c->dims + (c->ndim - 1) * (1 + OPERANDS);
+    const int64_t *before = c->ndim > 1 ? last - (1 + OPERANDS) : last;
     s.inner = last[0];
     s.inner_stride = last[1 + operand];
     s.rows = c->ndim > 1 ? before[0] : 1;
@@ -182,7 +183,7 @@ static const void *read_stream(struct stream *s, int64_t n) {
             offset += outer % dims[d * width] * dims[d * width + 1 + s->operand];
             outer /= dims[d * width];
         }
-        if (stride == 0 && size == 4 && position == 0) {
+        if (stride == 0 && size == 4 && position == 0 && n - done >= inner) {
             const int64_t left = (n - done) / inner, count = left < rows - row ? left : rows - row;
             repeat_each((uint32_t *)s->buffer + done, (const uint32_t *)s->data + offset, count, row_stride, inner);
             done += count * inner;
