@@ -3,7 +3,8 @@
     python3 tests/benchmarks/gpu.py [--sections bandwidth launch ...]
 
 prints its progress and, last, a Markdown table for docs/benchmarks.md; exits with 1 if, in the sections that ran, a bit
-differs or a bound does not hold. It takes five minutes on an H100. The GPU tests are ``pytest -m gpu``.
+differs or a bound does not hold. It takes five minutes on an H100. The GPU tests are
+``pytest -m "gpu and not slow"``.
 """
 
 import argparse
