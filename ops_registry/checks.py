@@ -88,6 +88,12 @@ def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
         )
 
 
+def strides_over(ndim: int, shape: Iterable[int], strides: Iterable[int]) -> list[int]:
+    """The strides with which a tensor of this shape walks when it is broadcast to ndim dimensions."""
+    own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    return [*[0] * (ndim - len(own)), *own]
+
+
 def _is_one(size: int) -> bool:
     return type(size) is int and size == 1
 

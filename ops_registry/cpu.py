@@ -24,6 +24,7 @@ from .checks import (
     check_dequantize,
     check_quantize,
     check_stochastic,
+    strides_over,
 )
 from .formats import resolve
 from .schemas import library
@@ -156,8 +157,7 @@ def _plan(
 @lru_cache(maxsize=4096)
 def _layout(shape: Size, scale_shape: Size, out: Size, x: Size, scale: Size, random: Size) -> Any:
     """The sizes and the strides of out, x, scale (expanded to the shape) and random, as altgrad_run takes them."""
-    expanded = [0 if size == 1 else stride for size, stride in zip(scale_shape, scale, strict=True)]
-    rows = (*shape, *out, *x, *[0] * (len(shape) - len(scale)), *expanded, *random)
+    rows = (*shape, *out, *x, *strides_over(len(shape), scale_shape, scale), *random)
     return (ctypes.c_int64 * len(rows))(*rows)
 
 

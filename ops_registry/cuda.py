@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import aten
-from .checks import ROUNDINGS, SATURATIONS, check_decode, check_quantize, check_stochastic
+from .checks import ROUNDINGS, SATURATIONS, check_decode, check_quantize, check_stochastic, strides_over
 from .formats import FP8Format
 from .schemas import library
 
@@ -57,7 +57,7 @@ def kernels() -> ModuleType | None:
     return import_module(".cuda_kernels", __package__)
 
 
-def runs_of(shape: Size, x_strides: Size, scale_strides: Size) -> tuple[list[int], list[int]]:
+def runs_of(shape: Size, x_strides: Size, scale_strides: list[int]) -> tuple[list[int], list[int]]:
     """How scale walks along a dense x in memory order: sizes and strides of nested runs, the innermost first.
 
     Dimensions of x are joined where one stride of scale serves both: with a scale per column the runs have the sizes
@@ -82,8 +82,7 @@ def plan(shape: Size, x_strides: Size, scale_shape: Size, scale_strides: Size, b
     A row is a power of two of elements of one innermost run. None where the kernels cannot follow.
     """
     n = prod(shape)
-    expanded = [0 if size == 1 else stride for size, stride in zip(scale_shape, scale_strides, strict=True)]
-    sizes, strides = runs_of(shape, x_strides, (*[0] * (len(shape) - len(expanded)), *expanded))
+    sizes, strides = runs_of(shape, x_strides, strides_over(len(shape), scale_shape, scale_strides))
     runs, is_wide = len(sizes), n > _NARROW
     if not any(strides):
         return -(-n // block), _NO_RUNS, (Walk(is_wide=is_wide), 1, block)

@@ -87,8 +87,8 @@ struct stream {
     const struct call *call;
     int operand;
     void *buffer; /* for CHUNK elements */
-    int64_t inner, inner_stride, rows, row_stride; /* the last two dimensions */
-    int64_t place, position, row, rest; /* place = (rest * rows + row) * inner + position */
+    int64_t inner, inner_stride, rows, row_stride; /* the last two dimensions; one without end where contiguous */
+    int64_t position, row, rest;                   /* the place is (rest * rows + row) * inner + position */
 };
 
 static struct stream open_stream(const struct call *c, int operand, int64_t place, void *buffer) {
@@ -104,11 +104,10 @@ static struct stream open_stream(const struct call *c, int operand, int64_t plac
     }
     const int64_t *last = c->dims + (c->ndim - 1) * (1 + OPERANDS);
     const int64_t *before = c->ndim > 1 ? last - (1 + OPERANDS) : last;
-    s.inner = last[0];
+    s.inner = s.is_contiguous ? INT64_MAX : last[0];
     s.inner_stride = last[1 + operand];
     s.rows = c->ndim > 1 ? before[0] : 1;
     s.row_stride = c->ndim > 1 ? before[1 + operand] : 0;
-    s.place = place;
     s.position = place % s.inner;
     s.row = place / s.inner % s.rows;
     s.rest = place / s.inner / s.rows;
@@ -157,7 +156,6 @@ static void repeat_each(uint32_t *restrict to, const uint32_t *restrict from, in
 
 /* Moves on by n elements. There is no division: that takes as long as the arithmetic of a hundred elements. */
 static void skip(struct stream *s, int64_t n) {
-    s->place += n;
     s->position += n;
     for (; s->position >= s->inner; s->position -= s->inner) {
         if (++s->row == s->rows) {
@@ -169,9 +167,9 @@ static void skip(struct stream *s, int64_t n) {
 
 /* The next n <= CHUNK elements of a stream: in place where they lie side by side, else in its buffer. */
 static const void *read_stream(struct stream *s, int64_t n) {
-    s->place += n;
     if (s->is_contiguous) {
-        return s->data + (s->place - n) * s->size;
+        s->position += n;
+        return s->data + (s->position - n) * s->size;
     }
     const int64_t *dims = s->call->dims, width = 1 + OPERANDS;
     const int64_t inner = s->inner, stride = s->inner_stride, rows = s->rows, row_stride = s->row_stride, size = s->size;
