@@ -429,20 +429,6 @@ def test_export(example, tmp_path):
 
 
 @pytest.mark.gpu
-def test_aot_inductor(example, tmp_path):
-    """In a process of its own, which does not import the package."""
-    program = torch.export.export(Model(), example)
-    program = program.run_decompositions(decompose_custom_triton_ops=True)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    torch.save(example, tmp_path / "example")
-    load = (
-        "import torch; y = torch._inductor.aoti_load_package('model.pt2')(*torch.load('example')); torch.save(y, 'y')"
-    )
-    subprocess.run([sys.executable, "-c", load], cwd=tmp_path, check=True)
-    assert_same_bits(torch.load(tmp_path / "y"), Model()(*example))
-
-
-@pytest.mark.gpu
 def test_reduce_overhead(example):
     compiled = torch.compile(Model(), mode="reduce-overhead", fullgraph=True)
     for _ in range(4):
