@@ -7,7 +7,7 @@ the C function ``torch_parallel_for``, so it uses as many threads as any torch o
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable
+import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import transforms_are_active
+from .autograd import CPU_KERNELS, transforms_are_active
 from .checks import (
     RANDOM_BITS,
     ROUNDINGS,
@@ -35,32 +35,8 @@ _DTYPES = {
     for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32))
 }
 _ROUNDINGS = {rounding: i for i, rounding in enumerate((*ROUNDINGS, "stochastic"))}
-_Operands = ctypes.c_int32 * 3
+_tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
 Size = tuple[int, ...]
-
-
-class _Plan(ctypes.Structure):
-    """``struct plan`` of csrc/plan.h."""
-
-    _fields_ = [
-        ("operation", ctypes.c_int32),
-        ("is_double", ctypes.c_int32),
-        ("dtypes", _Operands),
-        ("out_dtype", ctypes.c_int32),
-        ("rounding", ctypes.c_int32),
-        ("random_bits", ctypes.c_int32),
-        ("mantissa_bits", ctypes.c_int32),
-        ("min_exponent", ctypes.c_int32),
-        ("sign_bit", ctypes.c_int32),
-        ("max_code", ctypes.c_int32),
-        ("nan_code", ctypes.c_int32),
-        ("has_inf", ctypes.c_int32),
-        ("has_nan", ctypes.c_int32),
-        ("has_negative_zero", ctypes.c_int32),
-        ("overflows", ctypes.c_int32),
-        ("limit_codes", ctypes.c_int32 * 2),
-        ("infinite_code", ctypes.c_int32),
-    ]
 
 
 def _load() -> tuple[Any, str]:
@@ -78,8 +54,7 @@ def _load() -> tuple[Any, str]:
         raise ImportError(f"{path} was built from other sources than are in csrc: build altgrad again")
     native.altgrad_select.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     native.altgrad_select.restype = ctypes.c_char_p
-    pointers = [ctypes.c_void_p] * 4
-    native.altgrad_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, *pointers, ctypes.c_int64, ctypes.c_void_p]
+    native.altgrad_run.argtypes = [ctypes.c_char_p] * 3
     native.altgrad_run.restype = None
     native.altgrad_amax.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     native.altgrad_amax.restype = None
@@ -123,8 +98,8 @@ def _plan(
     saturation: str = SATURATIONS[0],
     rounding: str = ROUNDINGS[0],
     random_dtype: torch.dtype = torch.int32,
-) -> Any:
-    """The plan of a call as a pointer, made once for each combination of arguments."""
+) -> bytes:
+    """``struct plan`` of csrc/plan.h, made once for each combination of arguments."""
     f = resolve(format)
     nan_code = f.max_code if f.nan_code is None else f.nan_code
     overflows = saturation == "none" and f.has_nan
@@ -132,45 +107,34 @@ def _plan(
     # One step beyond max is enough to see an overflow; rounding a finite value inwards stops at max.
     limit_positive = f.max_code + (overflows and rounding not in ("toward_zero", "toward_negative"))
     limit_negative = f.max_code + (overflows and rounding not in ("toward_zero", "toward_positive"))
-    plan = _Plan(
-        operation=operation,
-        is_double=torch.float64 in (x_dtype, out_dtype),
-        dtypes=_Operands(_DTYPES[x_dtype], _DTYPES[scale_dtype], _DTYPES[random_dtype]),
-        out_dtype=_DTYPES[out_dtype],
-        rounding=_ROUNDINGS[rounding],
-        random_bits=RANDOM_BITS[random_dtype],
-        mantissa_bits=f.mantissa_bits,
-        min_exponent=f.min_exponent,
-        sign_bit=f.bits - 1,
-        max_code=f.max_code,
-        nan_code=nan_code,
-        has_inf=f.has_inf,
-        has_nan=f.has_nan,
-        has_negative_zero=f.has_negative_zero,
-        overflows=overflows,
-        limit_codes=(limit_positive, limit_negative),
-        infinite_code=f.max_code + keeps_infinity,
-    )
-    return ctypes.pointer(plan)
+    is_double = torch.float64 in (x_dtype, out_dtype)
+    dtypes = [_DTYPES[dtype] for dtype in (x_dtype, scale_dtype, random_dtype, out_dtype)]
+    fields = [operation, is_double, *dtypes, _ROUNDINGS[rounding], RANDOM_BITS[random_dtype]]
+    fields += [f.mantissa_bits, f.min_exponent, f.bits - 1, f.max_code, nan_code]
+    fields += [f.has_inf, f.has_nan, f.has_negative_zero]
+    fields += [overflows, limit_positive, limit_negative, f.max_code + keeps_infinity]
+    return struct.pack(f"{len(fields)}i", *fields)
 
 
 @lru_cache(maxsize=4096)
-def _layout(shape: Size, scale_shape: Size, out: Size, x: Size, scale: Size, random: Size) -> Any:
+def _layout(shape: Size, scale_shape: Size, out: Size, x: Size, scale: Size, random: Size) -> bytes:
     """The sizes and the strides of out, x, scale (expanded to the shape) and random, as altgrad_run takes them."""
     rows = (*shape, *out, *x, *strides_over(len(shape), scale_shape, scale), *random)
-    return (ctypes.c_int64 * len(rows))(*rows)
+    return struct.pack(f"{len(rows)}q", *rows)
 
 
-def _run(plan: Any, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor | None = None) -> Tensor:
+def _run(plan: bytes, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor | None = None) -> Tensor:
     n = out.numel()
     if n == 0:
         return out
     random = x if random_bits is None else random_bits
-    strides, ndim, layout = x.stride(), 0, None
-    if scale.numel() != 1 or strides != out.stride() or strides != random.stride():
+    ndim, layout = 0, None
+    # out is laid out as x by empty_like, so where x is contiguous they need no strides.
+    if scale.numel() != 1 or not x.is_contiguous() or not random.is_contiguous():
         ndim = x.ndim
-        layout = _layout(x.shape, scale.shape, out.stride(), strides, scale.stride(), random.stride())
-    _native.altgrad_run(plan, n, out.data_ptr(), x.data_ptr(), scale.data_ptr(), random.data_ptr(), ndim, layout)
+        layout = _layout(x.shape, scale.shape, out.stride(), x.stride(), scale.stride(), random.stride())
+    tensors = _tensors(n, out.data_ptr(), x.data_ptr(), scale.data_ptr(), random.data_ptr(), ndim)
+    _native.altgrad_run(plan, tensors, layout)
     return out
 
 
@@ -239,15 +203,14 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     return _run(plan, torch.empty_like(x), x, scale)
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {
-    "quantize": quantize,
-    "quantize_stochastic": quantize_stochastic,
-    "encode": encode,
-    "encode_stochastic": encode_stochastic,
-    "decode": decode,
-    "dequantize": dequantize,
-}
-
 if _native is not None:
-    for _name, _kernel in _KERNELS.items():
+    CPU_KERNELS |= {
+        "quantize": quantize,
+        "quantize_stochastic": quantize_stochastic,
+        "encode": encode,
+        "encode_stochastic": encode_stochastic,
+        "decode": decode,
+        "dequantize": dequantize,
+    }
+    for _name, _kernel in CPU_KERNELS.items():
         library.impl(_name, _kernel, "CPU")

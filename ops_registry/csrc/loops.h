@@ -27,25 +27,37 @@ static const FLOAT *NAME(convert)(const void *raw, enum dtype dtype, int64_t n, 
     return buffer;
 }
 
-INLINE void NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
+/* The largest magnitude of q that was taken for finite, as bits. */
+INLINE UINT NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
                                 const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
                                 enum rounding rounding, int overflows, const struct NAME(format) * f) {
+    UINT most = 0;
     for (int64_t i = 0; i < n; i++) {
         const FLOAT s = scale[varies ? i : 0], q = x[i] / s;
-        const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
-        out[i] = s * (variant == GENERAL ? NAME(project)(q, r, rounding, overflows, f)
-                                         : NAME(project_nearest)(q, variant, f));
+        if (variant == GENERAL) {
+            const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
+            out[i] = s * NAME(project)(q, r, rounding, overflows, f);
+        } else {
+            out[i] = s * NAME(project_nearest)(q, variant, f, &most);
+        }
     }
+    return most;
 }
 
-INLINE void NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
+INLINE UINT NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
                               const uint32_t *restrict random, uint8_t *restrict out, int64_t n, enum variant variant,
                               enum rounding rounding, const struct NAME(format) * f) {
+    UINT most = 0;
     for (int64_t i = 0; i < n; i++) {
         const FLOAT q = x[i] / scale[varies ? i : 0];
-        const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
-        out[i] = (uint8_t)(variant == GENERAL ? NAME(pack)(q, r, rounding, f) : NAME(pack_nearest)(q, variant, f));
+        if (variant == GENERAL) {
+            const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
+            out[i] = (uint8_t)NAME(pack)(q, r, rounding, f);
+        } else {
+            out[i] = (uint8_t)NAME(pack_nearest)(q, variant, f, &most);
+        }
     }
+    return most;
 }
 
 /* LOOP(varies, variant, rounding) with constants for what the variables of these names hold. */
@@ -53,7 +65,6 @@ INLINE void NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict sca
     switch (variant) {                                                                                                 \
         EITHER_SCALE(LOOP, PLAIN)                                                                                      \
         EITHER_SCALE(LOOP, POWERS)                                                                                     \
-        EITHER_SCALE(LOOP, KEEPS_INFINITY)                                                                             \
         EITHER_SCALE(LOOP, UNSIGNED_ZERO)                                                                              \
     case GENERAL:                                                                                                      \
         switch (rounding) {                                                                                            \
@@ -79,28 +90,54 @@ INLINE void NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict sca
         LOOP(1, GENERAL, ROUNDING);                                                                                    \
         break;
 
-/* scale has one element for all where it does not vary; for the GENERAL variant it does. */
+/* One scale for each of n <= CHUNK elements: scale itself where it varies, else scales, filled. */
+static const FLOAT *NAME(spread)(const FLOAT *scale, int varies, int64_t n, FLOAT *scales) {
+    for (int64_t i = 0; !varies && i < n; i++) {
+        scales[i] = *scale;
+    }
+    return varies ? scale : scales;
+}
+
+/* scale has one element for all where it does not vary; for the GENERAL variant it does. What the other variants must
+ * not meet is rare: a chunk that has it is done again. */
 static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
                            const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
                            enum rounding rounding, int overflows, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
+    UINT most = 0;
 #define LOOP(VARIES, VARIANT, ROUNDING)                                                                                \
-    if (VARIANT == GENERAL && overflows) {                                                                             \
-        NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 1, &f);                               \
-    } else {                                                                                                           \
-        NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 0, &f);                               \
-    }
+    most = VARIANT == GENERAL && overflows                                                                             \
+               ? NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 1, &f)                       \
+               : NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 0, &f)
     SPECIALIZE(LOOP)
 #undef LOOP
+    if (most >= f.special_from) {
+        FLOAT scales[CHUNK];
+        scale = NAME(spread)(scale, varies, n, scales);
+        NAME(quantize_each)(x, scale, 1, random, out, n, GENERAL, NEAREST_TIES_TO_EVEN, 0, &f);
+    }
 }
 
 static void NAME(encode)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
                          const uint32_t *restrict random, uint8_t *restrict out, int64_t n, enum variant variant,
                          enum rounding rounding, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
-#define LOOP(VARIES, VARIANT, ROUNDING) NAME(encode_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, &f)
+    UINT most = 0;
+#define LOOP(VARIES, VARIANT, ROUNDING)                                                                                \
+    most = NAME(encode_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, &f)
     SPECIALIZE(LOOP)
 #undef LOOP
+    if (variant == UNSIGNED_ZERO) {
+        const uint8_t minus_zero = (uint8_t)f.sign_code;
+        for (int64_t i = 0; i < n; i++) {
+            out[i] = out[i] == minus_zero ? 0 : out[i];
+        }
+    }
+    if (most >= f.special_from) {
+        FLOAT scales[CHUNK];
+        scale = NAME(spread)(scale, varies, n, scales);
+        NAME(encode_each)(x, scale, 1, random, out, n, GENERAL, NEAREST_TIES_TO_EVEN, &f);
+    }
 }
 
 static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict scale, int varies, FLOAT *restrict out,

@@ -101,14 +101,13 @@ static int64_t arrange(int64_t ndim, const int64_t *layout, int64_t (*dims)[WIDT
     return count;
 }
 
-/* Runs a plan on tensors of n elements. layout has rows of ndim numbers: the sizes, and the strides of out, x, scale
- * and random in elements. With ndim = 0, x and random lie as out does, and scale is one element. */
-EXPORT void altgrad_run(const struct plan *plan, int64_t n, char *out, const char *x, const char *scale,
-                        const char *random, int64_t ndim, const int64_t *layout) {
-    int64_t dims[MAX_DIMS][WIDTH] = {{n, 1, 0, 1}};
-    const int64_t count = arrange(ndim, layout, dims);
-    struct call call = {plan, out, {x, scale, random}, count > 0 ? count : 1, dims[0]};
-    run(range, n, GRAIN, &call);
+/* Runs a plan on tensors. layout has rows of ndim numbers: the sizes, and the strides of out, x, scale and random in
+ * elements. With ndim = 0, x and random lie as out does, and scale is one element. */
+EXPORT void altgrad_run(const struct plan *plan, const struct tensors *t, const int64_t *layout) {
+    int64_t dims[MAX_DIMS][WIDTH] = {{t->n, 1, 0, 1}};
+    const int64_t count = arrange(t->ndim, layout, dims);
+    struct call call = {plan, t->out, {t->data[X], t->data[SCALE], t->data[RANDOM]}, count > 0 ? count : 1, dims[0]};
+    run(range, t->n, GRAIN, &call);
 }
 
 /* The largest magnitudes of rows of size floats, of width bytes each, that lie side by side. */

@@ -1,4 +1,4 @@
-/* What one call is made of. ops_registry/cpu.py lays the same struct out with ctypes. */
+/* What one call is made of. ops_registry/cpu.py packs the same struct plan and struct tensors. */
 
 #ifndef ALTGRAD_PLAN_H
 #define ALTGRAD_PLAN_H
@@ -30,6 +30,14 @@ struct plan {
     int32_t overflows;      /* what is beyond max becomes what follows it in the order of codes: infinity or NaN */
     int32_t limit_codes[2]; /* magnitudes are cut to it before rounding, by the sign: max, or one more to overflow */
     int32_t infinite_code;  /* what infinity becomes: max, or what follows */
+};
+
+/* The tensors of a call: out has n elements. */
+struct tensors {
+    int64_t n;
+    char *out;
+    const char *data[OPERANDS];
+    int64_t ndim; /* of the layout beside it */
 };
 
 /* A plan with its tensors. out is dense, and position i is its i-th element in memory. */

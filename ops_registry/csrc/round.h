@@ -1,5 +1,5 @@
 /* The rounding, the same for every operator. kernels.c includes this once for each compute type, with these defined:
- * FLOAT, UINT (unsigned of the same width), FRACTION_BITS, EXPONENT_BIAS, and NAME(x), which tells the types apart.
+ * FLOAT, INT and UINT (integers of its width), FRACTION_BITS, EXPONENT_BIAS, and NAME(x), which tells the types apart.
  *
  * Steps: divide, round, saturate, multiply; in the codecs pack and unpack. Magnitudes are handled as their bits, which
  * compare as the numbers do, and nothing branches, so that loops over these functions vectorize.
@@ -15,6 +15,7 @@ struct NAME(format) {
     UINT mantissa_bits, min_step, magic_offset;
     UINT limits[2], max_value, over_value;               /* limits: by the sign */
     FLOAT quanta, code_quanta; /* what a step is multiplied by for the magic of project_nearest and of pack_nearest */
+    UINT power_quanta;
     UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
     UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
@@ -34,8 +35,9 @@ INLINE UINT NAME(bits)(FLOAT number) {
     return bits;
 }
 
-INLINE UINT NAME(max)(UINT a, UINT b) { return a > b ? a : b; }
-INLINE UINT NAME(min)(UINT a, UINT b) { return a < b ? a : b; }
+/* Of magnitudes. They compare the same with sign, and SSE2 has no other comparison of integers. */
+INLINE UINT NAME(max)(UINT a, UINT b) { return (INT)a > (INT)b ? a : b; }
+INLINE UINT NAME(min)(UINT a, UINT b) { return (INT)a < (INT)b ? a : b; }
 
 /* a where condition (0 or 1) is true, else b. What `?:` selects, compilers may compute behind a branch, load included. */
 INLINE UINT NAME(select)(UINT condition, UINT a, UINT b) { return b ^ ((a ^ b) & (0 - condition)); }
@@ -109,22 +111,21 @@ INLINE FLOAT NAME(project)(FLOAT q, UINT random, enum rounding rounding, int ove
     return NAME(number)(r | (bits & SIGN)) + NAME(number)(special);
 }
 
-/* project for a variant that is not GENERAL. */
-INLINE FLOAT NAME(project_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f) {
+/* For M = 0 the number of quanta that is magic in steps: 2^FRACTION_BITS, and one more from exponent to exponent. */
+INLINE FLOAT NAME(power_quanta)(UINT step, const struct NAME(format) * f) {
+    return NAME(number)(f->power_quanta + (step >> FRACTION_BITS));
+}
+
+/* project for a variant that is not GENERAL, right below f->special_from; *most becomes the largest |q| up to here. */
+INLINE FLOAT NAME(project_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f, UINT *most) {
     UINT bits = NAME(bits)(q), a = bits & ~SIGN;
-    FLOAT limit = NAME(number)(f->limits[0]);
-    FLOAT limited = SELECTED(NAME(number)(a) > limit ? limit : NAME(number)(a)); /* NaN stays, through all that follows */
-    UINT step = NAME(max)(NAME(bits)(limited) & INFINITE, f->min_step);
-    FLOAT r;
-    if (variant == POWERS) {
-        FLOAT magic = NAME(number)(NAME(magic)(step, f));
-        r = magic + limited - magic;
-    } else { /* For M > 0 the fraction of magic may be 0: codes are as even as their quanta. */
-        FLOAT unit = NAME(number)(step);
-        r = MULTIPLY_ADD(-unit, f->quanta, MULTIPLY_ADD(unit, f->quanta, limited));
-    }
-    UINT signed_bits = NAME(bits)(r) | (bits & SIGN);
-    FLOAT y = NAME(number)(variant == KEEPS_INFINITY && a == INFINITE ? bits : signed_bits);
+    *most = NAME(max)(*most, a);
+    a = NAME(min)(a, f->limits[0]);
+    UINT step = NAME(max)(a & INFINITE, f->min_step);
+    /* For M > 0 the fraction of magic may be 0: codes are as even as their quanta. */
+    FLOAT unit = NAME(number)(step), quanta = variant == POWERS ? NAME(power_quanta)(step, f) : f->quanta;
+    FLOAT r = MULTIPLY_ADD(-unit, quanta, MULTIPLY_ADD(unit, quanta, NAME(number)(a)));
+    FLOAT y = NAME(number)(NAME(bits)(r) | (bits & SIGN));
     return variant == UNSIGNED_ZERO ? y + (FLOAT)0 : y;
 }
 
@@ -139,22 +140,18 @@ INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struc
     return NAME(select)(a > INFINITE, f->nan_code, code);
 }
 
-/* pack for a variant that is not GENERAL. */
-INLINE UINT NAME(pack_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f) {
-    UINT bits = NAME(bits)(q), a = bits & ~SIGN, values = f->sign_code - 1, limited = NAME(min)(a, f->limits[0]), sum;
-    if (variant == POWERS) {
-        UINT magic;
-        sum = NAME(round)(limited, 0, 0, NEAREST_TIES_TO_EVEN, f, &magic);
-    } else { /* An even number of quanta in magic is no harm, and takes from the sum what the step's bits put there. */
-        UINT step = NAME(max)(limited & INFINITE, f->min_step);
-        sum = NAME(bits)(MULTIPLY_ADD(NAME(number)(step), f->code_quanta, NAME(number)(limited)));
-        sum += step >> (FRACTION_BITS - f->mantissa_bits);
-    }
-    UINT code = variant == KEEPS_INFINITY && a == INFINITE ? f->infinite_code : sum;
-    UINT signs = bits >> f->sign_shift;
-    signs = variant == UNSIGNED_ZERO && (code & values) == 0 ? 0 : signs;
-    code = (code & values) | (signs & ~values);
-    return a > INFINITE ? f->nan_code : code;
+/* pack as project_nearest, but zero has a sign in every variant. */
+INLINE UINT NAME(pack_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f, UINT *most) {
+    UINT bits = NAME(bits)(q), a = bits & ~SIGN, values = f->sign_code - 1;
+    *most = NAME(max)(*most, a);
+    a = NAME(min)(a, f->limits[0]);
+    UINT step = NAME(max)(a & INFINITE, f->min_step);
+    /* An even number of quanta in magic is no harm, and takes from the sum what the step's bits put there. */
+    FLOAT quanta = variant == POWERS ? NAME(power_quanta)(step, f) : f->code_quanta;
+    UINT sum = NAME(bits)(MULTIPLY_ADD(NAME(number)(step), quanta, NAME(number)(a)));
+    sum += variant == POWERS ? 0 : step >> (FRACTION_BITS - f->mantissa_bits);
+    UINT signs = bits >> f->sign_shift; /* from the bit of values on */
+    return SELECTED(signs ^ ((signs ^ sum) & values));
 }
 
 /* The value of a code. */
@@ -196,6 +193,7 @@ static struct NAME(format) NAME(prepare)(const struct plan *p) {
         .random_range = (FLOAT)((int64_t)1 << p->random_bits),
         .random_quantum = 1 / (FLOAT)((int64_t)1 << (p->mantissa_bits + p->random_bits)),
     };
+    f.power_quanta = NAME(bits)(f.quanta) - (min_step >> FRACTION_BITS);
     f.max_value = NAME(value)(p->max_code, &f);
     f.limits[0] = NAME(value)(p->limit_codes[0], &f);
     f.limits[1] = NAME(value)(p->limit_codes[1], &f);
