@@ -24,8 +24,8 @@ except ImportError:
     SERVES_TRANSFORMS = False
 
 
-# Operator -> its kernel of the CPU key, where there is one. The kernel of the Autograd key calls it itself for a key set
-# of nothing else: the dispatcher comes to the same one, two microseconds later.
+# Operator -> its kernel of the CPU key, where there is one. The kernel of the Autograd key calls it for a key set of
+# nothing else: the dispatcher comes to the same one, two microseconds later.
 CPU_KERNELS: dict[str, Callable[..., Tensor]] = {}
 _PLAIN_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).add(torch._C.DispatchKey.AutogradCPU)
 

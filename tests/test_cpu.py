@@ -28,6 +28,7 @@ from conftest import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from altgrad.quantization import resolve
 from ops_registry import aten, cpu
 from ops_registry.checks import RANDOM_BITS, ROUNDINGS, SATURATIONS
 
@@ -101,6 +102,19 @@ def test_roundings(kernels, f):
                 assert_same_bits(kernels.encode_stochastic(x, s, bits, f.name, saturation), want, x)
 
 
+@pytest.mark.parametrize("name", ["E4M3", "E5M2", "E7M0", "E4M3FNUZ"])
+def test_one_special_among_many(kernels, name):
+    """The loops do without NaN and infinity, and a chunk of 1024 elements that has one is done again."""
+    f = resolve(name)
+    x = torch.linspace(-70000, 70000, 3000)
+    for scale in (torch.tensor(0.37), torch.rand(3000) + 0.5):
+        for i in (0, 1023, 1024, 2047, 2999):
+            for special in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+                changed = x.index_fill(0, torch.tensor(i), special)
+                assert_same_bits(kernels.quantize(changed, scale, name), reference_quantize(f, changed, scale), changed)
+                assert_same_bits(kernels.encode(changed, scale, name), reference_encode(f, changed, scale), changed)
+
+
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
 def test_decode(kernels, f):
     codes = torch.arange(256, dtype=torch.uint8)
@@ -141,6 +155,7 @@ def test_sizes_and_guards(kernels):
     if kernels is aten:
         pytest.skip("aten writes no buffer of ours")
     source = torch.linspace(-20, 20, 96)
+    source[40:48] = torch.nan  # the C loops run twice over what has them
     one = torch.tensor(0.5)
     for dtype in DTYPES:
         for n in range(71):
