@@ -501,7 +501,7 @@ def test_sanitizers(tmp_path):
     result = build(tmp_path, CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g")
     assert result.returncode == 0, result.stderr
     runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    of_bits = "roundings or decode or dequantize or conversions or sizes or layouts or blocks or amax"
+    of_bits = "roundings or special or decode or dequantize or conversions or sizes or layouts or blocks or amax"
     threads = "flush or threads or calls"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"({of_bits} or {threads}) and not aten"]
     result = subprocess.run(
