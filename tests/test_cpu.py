@@ -113,6 +113,10 @@ def test_one_special_among_many(kernels, name):
                 changed = x.index_fill(0, torch.tensor(i), special)
                 assert_same_bits(kernels.quantize(changed, scale, name), reference_quantize(f, changed, scale), changed)
                 assert_same_bits(kernels.encode(changed, scale, name), reference_encode(f, changed, scale), changed)
+            for special in (0x7C, 0x7F, 0x80, 0xFC, 0xFF):
+                codes = (torch.arange(3000) % f.max_code).byte().index_fill(0, torch.tensor(i), special)
+                want = torch.from_numpy(reference.decode(f, codes.numpy(), scale.numpy()))
+                assert_same_bits(kernels.decode(codes, scale, name), want, codes)
 
 
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)

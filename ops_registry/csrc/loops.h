@@ -143,8 +143,19 @@ static void NAME(encode)(const FLOAT *restrict x, const FLOAT *restrict scale, i
 static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
                          int64_t n, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
+    const uint8_t nan_mask = (uint8_t)f.nan_mask, nan_first = (uint8_t)f.nan_first, nan_count = (uint8_t)f.nan_count;
+    uint8_t has_special = 0;
     for (int64_t i = 0; i < n; i++) {
-        out[i] = NAME(unpack)(codes[i], &f) * scale[varies ? i : 0];
+        has_special |= (uint8_t)((codes[i] & nan_mask) - nan_first) < nan_count;
+    }
+    if (has_special) {
+        for (int64_t i = 0; i < n; i++) {
+            out[i] = NAME(unpack)(codes[i], 1, &f) * scale[varies ? i : 0];
+        }
+    } else {
+        for (int64_t i = 0; i < n; i++) {
+            out[i] = NAME(unpack)(codes[i], 0, &f) * scale[varies ? i : 0];
+        }
     }
 }
 

@@ -57,11 +57,13 @@ INLINE UINT NAME(magic)(UINT step, const struct NAME(format) * f) {
 /* The magnitude that a sum of magic and quanta stands for. */
 INLINE UINT NAME(magnitude)(UINT sum, UINT magic) { return NAME(bits)(NAME(number)(sum) - NAME(number)(magic)); }
 
-/* The bits of the value of a code without sign, read as a number whatever the specials. */
+/* The bits of the value of a code without sign, read as a number whatever the specials. Its fields move to those of
+ * FLOAT; a subnormal takes the exponent 1 and gives back the one that this put before its fraction. */
 INLINE UINT NAME(value)(UINT code, const struct NAME(format) * f) {
-    UINT exponent = NAME(max)(code >> f->mantissa_bits, 1) - 1;
-    UINT magic = NAME(magic)(f->min_step + (exponent << FRACTION_BITS), f);
-    return NAME(magnitude)((magic & INFINITE) | code, magic);
+    const UINT exponent_1 = (UINT)1 << FRACTION_BITS;
+    UINT fields = code << (FRACTION_BITS - f->mantissa_bits);
+    UINT added = fields < exponent_1 ? exponent_1 : 0, one = fields < exponent_1 ? f->min_step : 0;
+    return NAME(bits)(NAME(number)(fields + added + (f->min_step - exponent_1)) - NAME(number)(one));
 }
 
 /* The magnitude to round: beyond max nothing is told apart, and the arithmetic of rounding stays finite. */
@@ -154,12 +156,12 @@ INLINE UINT NAME(pack_nearest)(FLOAT q, enum variant variant, const struct NAME(
     return SELECTED(signs ^ ((signs ^ sum) & values));
 }
 
-/* The value of a code. */
-INLINE FLOAT NAME(unpack)(UINT code, const struct NAME(format) * f) {
+/* The value of a code; without may_be_special, of one below nan_first. */
+INLINE FLOAT NAME(unpack)(UINT code, int may_be_special, const struct NAME(format) * f) {
     UINT r = NAME(value)(code & (f->sign_code - 1), f);
     UINT nan = (code & f->nan_mask) - f->nan_first;
-    r = nan < f->nan_count ? f->nan_value + nan : r;
-    return NAME(number)(r | (code & f->sign_code) << f->sign_shift);
+    r = may_be_special && nan < f->nan_count ? f->nan_value + nan : r;
+    return NAME(number)(r | (code << f->sign_shift & SIGN));
 }
 
 static struct NAME(format) NAME(prepare)(const struct plan *p) {
