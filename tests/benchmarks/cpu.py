@@ -146,7 +146,7 @@ def readable(seconds: float) -> str:
 # --- Ratios to x * 2 --------------------------------------------------------------------------------------------------
 
 
-def rounding_calls(x: torch.Tensor, scale: torch.Tensor) -> dict[str, tuple[Calls, float]]:
+def rounding_calls(x: torch.Tensor, scale: torch.Tensor) -> dict[str, tuple[Calls, float | str]]:
     """The groups of :func:`ratio_calls` for the roundings that are not the default."""
     calls: Calls = {"ties to even": lambda: quantize(x, E4M3, scale)}
     for rounding in ROUNDINGS[1:]:
@@ -162,11 +162,26 @@ def rounding_calls(x: torch.Tensor, scale: torch.Tensor) -> dict[str, tuple[Call
     return {"other roundings": (calls, 1.15), "drawing bits": (drawing, 1.15)}
 
 
-def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
+def special_calls(x: torch.Tensor, scale: torch.Tensor) -> Calls:
+    """What a NaN in every chunk costs the loops that do without."""
+    spoiled = x.clone()
+    spoiled[::1000] = torch.nan
+    codes, spoiled_codes = encode(x, E4M3, scale), encode(spoiled, E4M3, scale)
+    return {
+        "quantize without": lambda: quantize(x, E4M3, scale),
+        "quantize": lambda: quantize(spoiled, E4M3, scale),
+        "encode without": lambda: encode(x, E4M3, scale),
+        "encode": lambda: encode(spoiled, E4M3, scale),
+        "decode without": lambda: decode(codes, E4M3, scale),
+        "decode": lambda: decode(spoiled_codes, E4M3, scale),
+    }
+
+
+def ratio_calls(n: int) -> dict[str, tuple[Calls, float | str]]:
     """Title -> (calls of which the first is the measure, the bound on the ratio to it)."""
     x, scale = torch.randn(n), torch.tensor(0.37)
     matrix, rows, columns = x.view(1024, -1), torch.rand(1024, 1) + 0.5, torch.rand(n // 1024) + 0.5
-    groups: dict[str, tuple[Calls, float]] = {}
+    groups: dict[str, tuple[Calls, float | str]] = {}
     for operation in ("quantize", "encode", "decode"):
         calls: Calls = {"`x * 2`": lambda: x * 2}
         for name in FORMAT_REGISTRY:
@@ -190,6 +205,7 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float]]:
         calls = {"`x * 2`": lambda half=half: half * 2, "E4M3": lambda half=half: quantize(half, E4M3, scale)}
         groups[f"quantize, {str(dtype).removeprefix('torch.')}"] = calls, 1.4
     groups |= rounding_calls(x, scale)
+    groups["NaN in every thousand elements"] = special_calls(x, scale), ""
     silu = torch.nn.functional.silu
     compiled = torch.compile(silu, dynamic=False)
     fused = torch.compile(lambda x: silu(quantize(x, E4M3, scale)), fullgraph=True, dynamic=False)
