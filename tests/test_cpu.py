@@ -102,21 +102,25 @@ def test_roundings(kernels, f):
                 assert_same_bits(kernels.encode_stochastic(x, s, bits, f.name, saturation), want, x)
 
 
-@pytest.mark.parametrize("name", ["E4M3", "E5M2", "E7M0", "E4M3FNUZ"])
-def test_one_special_among_many(kernels, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e4m0b8fn", "e2m2b1fnuz"])
+def test_one_special_among_many(kernels, name, dtype):
     """The loops do without NaN and infinity, and a chunk of 1024 elements that has one is done again."""
     f = resolve(name)
-    x = torch.linspace(-70000, 70000, 3000)
-    for scale in (torch.tensor(0.37), torch.rand(3000) + 0.5):
+    x = torch.linspace(-70000, 70000, 3000, dtype=dtype)
+    for scale in (torch.tensor(0.37, dtype=dtype), torch.rand(3000, dtype=dtype) + 0.5):
         for i in (0, 1023, 1024, 2047, 2999):
             for special in (torch.nan, -torch.nan, torch.inf, -torch.inf):
                 changed = x.index_fill(0, torch.tensor(i), special)
-                assert_same_bits(kernels.quantize(changed, scale, name), reference_quantize(f, changed, scale), changed)
-                assert_same_bits(kernels.encode(changed, scale, name), reference_encode(f, changed, scale), changed)
-            for special in (0x7C, 0x7F, 0x80, 0xFC, 0xFF):
+                for saturation in ("propagate", "finite"):
+                    want = reference_quantize(f, changed, scale, saturation)
+                    assert_same_bits(kernels.quantize(changed, scale, name, saturation), want, changed)
+                    want = reference_encode(f, changed, scale, saturation)
+                    assert_same_bits(kernels.encode(changed, scale, name, saturation), want, changed)
+            for special in (f.max_code + 1, 0x7C, 0x7F, 0x80, 0xFC, 0xFF):
                 codes = (torch.arange(3000) % f.max_code).byte().index_fill(0, torch.tensor(i), special)
                 want = torch.from_numpy(reference.decode(f, codes.numpy(), scale.numpy()))
-                assert_same_bits(kernels.decode(codes, scale, name), want, codes)
+                assert_same_bits(kernels.decode(codes, scale, name, dtype), want, codes)
 
 
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)

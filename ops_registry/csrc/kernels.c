@@ -1,12 +1,11 @@
 /* The kernels for one instruction set. setup.py compiles this file once for each, with its flags and -DTARGET=name. */
 
+#include <fenv.h>
 #include <stddef.h>
 #include <string.h>
 
-#ifdef __x86_64__
+#if defined(__x86_64__) || defined(__F16C__)
 #include <immintrin.h>
-#else
-#include <fenv.h>
 #endif
 
 #include "plan.h"
@@ -17,11 +16,11 @@
 #define INLINE static inline
 #endif
 
-/* GCC would select the number and its bits separately. */
+/* GCC would narrow the parts of a code to bytes before it joins them, which takes more instructions. */
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define SELECTED(number) __builtin_assoc_barrier(number)
+#define JOINED(code) __builtin_assoc_barrier(code)
 #else
-#define SELECTED(number) (number)
+#define JOINED(code) (code)
 #endif
 
 /* Roundings to nearest, ties to even, that take fewer instructions than the general one, by what is special about the

@@ -27,7 +27,7 @@ static const FLOAT *NAME(convert)(const void *raw, enum dtype dtype, int64_t n, 
     return buffer;
 }
 
-/* The largest magnitude of q that was taken for finite, as bits. */
+/* Returns the largest |q| that a variant other than GENERAL met, as bits. */
 INLINE UINT NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
                                 const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
                                 enum rounding rounding, int overflows, const struct NAME(format) * f) {

@@ -15,7 +15,7 @@ struct NAME(format) {
     UINT mantissa_bits, min_step, magic_offset;
     UINT limits[2], max_value, over_value;               /* limits: by the sign */
     FLOAT quanta, code_quanta; /* what a step is multiplied by for the magic of project_nearest and of pack_nearest */
-    UINT power_quanta;
+    UINT power_quanta;         /* bits of the quanta for M = 0 at min_step, less its exponent */
     UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
     UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
@@ -153,10 +153,10 @@ INLINE UINT NAME(pack_nearest)(FLOAT q, enum variant variant, const struct NAME(
     UINT sum = NAME(bits)(MULTIPLY_ADD(NAME(number)(step), quanta, NAME(number)(a)));
     sum += variant == POWERS ? 0 : step >> (FRACTION_BITS - f->mantissa_bits);
     UINT signs = bits >> f->sign_shift; /* from the bit of values on */
-    return SELECTED(signs ^ ((signs ^ sum) & values));
+    return JOINED(signs ^ ((signs ^ sum) & values));
 }
 
-/* The value of a code; without may_be_special, of one below nan_first. */
+/* The value of a code; without may_be_special, of one that is a number. */
 INLINE FLOAT NAME(unpack)(UINT code, int may_be_special, const struct NAME(format) * f) {
     UINT r = NAME(value)(code & (f->sign_code - 1), f);
     UINT nan = (code & f->nan_mask) - f->nan_first;
