@@ -170,7 +170,7 @@ static void NAME(dequantize)(const FLOAT *restrict x, const FLOAT *restrict scal
 static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const struct plan *p = c->plan;
     const struct NAME(format) f = NAME(prepare)(p);
-    FLOAT x_buffer[CHUNK], scale_buffer[CHUNK], out_buffer[CHUNK];
+    _Alignas(64) FLOAT x_buffer[CHUNK], scale_buffer[CHUNK], out_buffer[CHUNK];
     uint64_t raw_buffers[OPERANDS][CHUNK];
     uint32_t random_buffer[CHUNK];
     struct stream streams[OPERANDS];
