@@ -28,7 +28,7 @@ def run_package(tmp_path_factory):
 
 
 class Model(nn.Module):
-    """Reads codes as a deployed layer does, and rounds activations. (On GPUs Inductor would contract their sum.)"""
+    """Reads codes as a deployed layer does, rounds and encodes activations. (On GPUs Inductor would contract a sum.)"""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,8 @@ class Model(nn.Module):
 
     def forward(self, x):
         weight = decode(self.codes, "E3M4", self.scale)
-        return torch.maximum(quantize(x * weight, "E5M2", 0.37), quantize(x, "E7M0", self.scale))
+        stored = decode(encode(x, "E4M3", self.scale), "E4M3", self.scale)
+        return torch.maximum(torch.maximum(quantize(x * weight, "E5M2", 0.37), quantize(x, "E7M0", self.scale)), stored)
 
 
 def test_aotinductor_from_cpp(run_package, device, tmp_path):
