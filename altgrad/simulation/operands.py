@@ -1,0 +1,155 @@
+"""One operand of a product: values that bfloat16 holds exactly, and what the product is multiplied by afterwards.
+
+A scale that is constant along the contraction, a tensor's or a row's, stays out of the values: the product is
+multiplied by it in float32. What remains, at most 8 significant bits times a power of two or a scale of few bits, is
+exact in bfloat16, so that a product on bfloat16 hardware multiplies the numbers that the small format has.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ops_registry.aten import divide
+
+from ..quantization.formats import FP8Format
+from ..quantization.granularity import PerTensor
+from ..quantization.magnitudes import amax, percentile
+from ..quantization.ops import decode, encode, quantize
+from ..quantization.scaling import (
+    _MSE_FACTORS,
+    _MSE_POWER_OF_TWO_FACTORS,
+    _least_error,
+    _rounded_scale,
+    as_scale,
+    resolve_format,
+)
+from .hadamard import hadamard
+from .random_bits import random_bits
+from .recipes import Rule
+
+BFLOAT16_BITS = 8
+
+
+class Operand(NamedTuple):
+    """An operand as ``values * scale``; scale is constant along the contraction, None is 1."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def transposed(self) -> "Operand":
+        """The operand of the other direction, where one scale is the whole tensor's."""
+        return Operand(self.values.mT, self.scale)
+
+
+class Scales(NamedTuple):
+    """What x is divided by; what its values are multiplied by again; what the product is multiplied by."""
+
+    divisor: Tensor
+    inner: Tensor | None
+    outer: Tensor | None
+
+
+class State(NamedTuple):
+    """What a rule needs from outside: the seed of stochastic rounding, and delayed scaling's scale and amax."""
+
+    seed: Tensor | None = None
+    scale: Tensor | None = None
+    amax: Tensor | None = None  # the largest magnitude of this step, written in place
+
+
+def quantize_operand(
+    x: Tensor, rule: Rule | None, transform: int, state: State, dtype: torch.dtype | None = None
+) -> Operand:
+    """The operand x [..., rows, contraction] by a rule, behind a Hadamard transform if transform is not 0.
+
+    dtype is that of the layer, where x has another one.
+    """
+    dtype = operand_dtype(dtype or x.dtype, rule)
+    if transform:
+        x = hadamard(x)
+    if rule is None or rule.format is None:
+        return Operand(x)
+    f = resolve_format(rule.format)
+    view, dims = grouped(x, rule)
+    scales = find_scales(view, dims, rule, f, state)
+    bits = random_bits(state.seed, view.shape, view.device) if rule.is_stochastic else None
+    if scales.inner is scales.divisor and x.dtype == dtype:
+        values = quantize(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
+    else:
+        codes = encode(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
+        values = decode(codes, f, dtype=dtype)
+        if scales.inner is not None:
+            values = values * scales.inner.to(dtype)
+    return Operand(ungrouped(values, x, rule), scales.outer)
+
+
+def operand_dtype(dtype: torch.dtype, rule: Rule | None) -> torch.dtype:
+    """bfloat16 for 16-bit x where it holds the values exactly, else float32; float32 and float64 stay."""
+    if rule is None or rule.format is None or dtype in (torch.float32, torch.float64):
+        return dtype
+    bits = 1 + resolve_format(rule.format).mantissa_bits
+    if rule.scale_format is not None:
+        bits += 1 + resolve_format(rule.scale_format).mantissa_bits
+    elif rule.power_of_two is None and rule.per not in ("tensor", "row"):
+        bits += 24
+    return torch.bfloat16 if bits <= BFLOAT16_BITS else torch.float32
+
+
+def grouped(x: Tensor, rule: Rule) -> tuple[Tensor, tuple[int, ...]]:
+    """x as a view whose elements along dims share a scale; zeros fill the last blocks up."""
+    if rule.per == "tensor":
+        return x, tuple(range(x.ndim))
+    if rule.per == "row":
+        return x, (x.ndim - 1,)
+    rows, columns = rule.block
+    missing_rows, missing_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
+    if missing_rows or missing_columns:
+        x = pad(x, (0, missing_columns, 0, missing_rows))
+    x = x.unflatten(-1, (-1, columns)) if x.shape[-1] else x.unsqueeze(-1)
+    if rows == 1:
+        return x, (x.ndim - 1,)
+    return x.unflatten(-3, (-1, rows)), (x.ndim - 2, x.ndim)
+
+
+def ungrouped(values: Tensor, x: Tensor, rule: Rule) -> Tensor:
+    """Values of a view by :func:`grouped` in the shape of x."""
+    if rule.per in ("tensor", "row"):
+        return values
+    if rule.block[0] > 1:
+        values = values.flatten(-4, -3)
+    return values.flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
+
+
+def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, state: State) -> Scales:
+    """The scales of a view by :func:`grouped`; as :func:`altgrad.quantization.compute_scale` finds them."""
+    if rule.scale is not None:
+        fixed = torch.full((), rule.scale, device=view.device)
+        return Scales(fixed, None, None if rule.scale == 1 else fixed)
+    if rule.history:
+        if state.amax is not None:
+            state.amax.copy_(torch.maximum(state.amax, amax(view, dims).reshape(())))
+        assert state.scale is not None
+        return Scales(state.scale, None, state.scale)
+    statistic = percentile(view, dims, rule.fraction) if rule.method == "percentile" else amax(view, dims)
+    if rule.headroom != 1:
+        statistic = statistic * rule.headroom
+    largest = view if rule.method == "percentile" else statistic
+    to_scale = _rounded_scale(largest, f, rule.power_of_two, rule.scale_format)
+    if rule.method == "mse":
+        factors = _MSE_FACTORS if rule.power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
+        divisor = _least_error(view, dims, f, factors, to_scale)
+    else:
+        divisor = to_scale(statistic)
+    if rule.power_of_two is not None:  # exact in the values, wherever it is constant
+        return Scales(divisor, divisor, None)
+    if rule.scale_format is not None:
+        g = resolve_format(rule.scale_format)
+        outer = as_scale(PerTensor().apply(amax, largest), f.max_representable_value * g.max_representable_value)
+        outer = outer.reshape(())
+        return Scales(divisor, quantize(divide(divisor, outer), g), outer)  # the rounded scale again, exactly
+    if rule.per == "tensor":
+        return Scales(divisor.reshape(()), None, divisor.reshape(()))
+    return Scales(divisor, None, divisor) if rule.per == "row" else Scales(divisor, divisor, None)

@@ -1,0 +1,209 @@
+"""A product whose operands are quantized, and the two products of its gradients, whose operands are too."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .operands import Operand, State, quantize_operand
+from .recipes import Product, Recipe, Rule
+
+# Called with a product's rules at each multiplication, for coverage.
+observers: list[Callable[[Product], Any]] = []
+
+
+class ProductState(NamedTuple):
+    """What a product and its gradients need from outside, an element for each of a recipe's six rules.
+
+    seeds: int64, of stochastic rounding. scales: of delayed scaling. amax: the largest magnitudes of this step, for
+    delayed scaling; written to where it is given.
+    """
+
+    seeds: Tensor | None = None
+    scales: Tensor | None = None
+    amax: Tensor | None = None
+
+    def of(self, rule: int) -> State:
+        return State(*(None if t is None else t[rule] for t in self))
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, state: ProductState) -> Tensor:
+    """``a b^T + bias`` and its gradients by a recipe: a [batch, M, K], b [batch, N, K], or both without batch."""
+    return _Product.apply(a, b, bias, *state, recipe)[0]  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        seeds: Tensor | None,
+        scales: Tensor | None,
+        amax: Tensor | None,
+        recipe: Recipe,
+    ) -> tuple[Tensor, ...]:
+        rules, state = recipe.forward, ProductState(seeds, scales, amax)
+        left = quantize_operand(a, rules.left, rules.hadamard, state.of(0))
+        right = quantize_operand(b, rules.right, rules.hadamard, state.of(1))
+        y = multiply(left, right, rules, a.dtype, bias)
+        # What is saved must be an input or an output.
+        kept = [left] * keeps_left(recipe) + [right] * keeps_right(recipe)
+        return y, *(t for operand in kept for t in operand if t is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        a, b, bias, seeds, scales, ctx.amax, ctx.recipe = inputs  # amax: written later, so it cannot be saved
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.bias_ndim = None if bias is None else bias.ndim
+        a, b = (None if keeps_left(ctx.recipe) else a), (None if keeps_right(ctx.recipe) else b)
+        needs_a, needs_b = ctx.needs_input_grad[1], ctx.needs_input_grad[0]  # each is for the other's gradient
+        ctx.save_for_backward(a if needs_a else None, b if needs_b else None, seeds, scales, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        with torch.no_grad():
+            gradients = gradients_of(ctx, grad, *ctx.saved_tensors)
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # compiled backward passes raise by themselves
+            origins = [t for t in (grad, *ctx.saved_tensors[:2]) if t is not None]
+            gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
+        return *gradients, None, None, None, None
+
+
+class _Final(torch.autograd.Function):
+    """A gradient that raises where it is differentiated: torch's once_differentiable says nothing under torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *origins: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError("the gradients of a simulated product cannot be differentiated again")
+
+
+def gradients_of(
+    ctx: Any,
+    grad: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    seeds: Tensor | None,
+    scales: Tensor | None,
+    *kept: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of a, b and bias."""
+    recipe: Recipe = ctx.recipe
+    state = ProductState(seeds, scales, ctx.amax)
+    outputs = iter(kept)
+    left = read_operand(recipe.forward.left, outputs) if keeps_left(recipe) else None
+    right = read_operand(recipe.forward.right, outputs) if keeps_right(recipe) else None
+    of_a = of_b = shared = None
+    if ctx.needs_input_grad[0]:
+        rules = recipe.grad_input
+        shared = quantize_operand(grad, rules.left, rules.hadamard, state.of(2))
+        other = backward_operand(b, right, rules, state.of(3), grad.dtype)
+        of_a = multiply(shared, other, rules, grad.dtype)
+    if ctx.needs_input_grad[1]:
+        rules = recipe.grad_weight
+        if shared is not None and is_shared(recipe.grad_input, rules):
+            first = shared.transposed
+        else:
+            first = quantize_operand(grad.mT, rules.left, rules.hadamard, state.of(4))
+        other = backward_operand(a, left, rules, state.of(5), grad.dtype)
+        of_b = multiply(first, other, rules, grad.dtype)
+    return [of_a, of_b, grad.sum(-2, keepdim=ctx.bias_ndim > 1) if ctx.needs_input_grad[2] else None]
+
+
+def keeps_left(recipe: Recipe) -> bool:
+    return serves_again(recipe.forward, recipe.forward.left, recipe.grad_weight)
+
+
+def keeps_right(recipe: Recipe) -> bool:
+    return serves_again(recipe.forward, recipe.forward.right, recipe.grad_input)
+
+
+def serves_again(forward: Product, rule: Rule | None, backward: Product) -> bool:
+    """Whether the operand of the forward product is kept for a product of the backward pass, instead of its source."""
+    again = backward.right
+    if again is None or rule is None:
+        return False
+    same = again == rule and rule.serves_both_directions and not (forward.hadamard or backward.hadamard)
+    return same or again.source == "forward"
+
+
+def is_shared(first: Product, second: Product) -> bool:
+    """Whether the incoming gradient is rounded once for both products."""
+    rule, transformed = first.left, first.hadamard or second.hadamard
+    return rule == second.left and rule is not None and rule.serves_both_directions and not transformed
+
+
+def read_operand(rule: Rule | None, tensors: Iterator[Tensor]) -> Operand:
+    """The operand that forward returned as one or two tensors."""
+    values = next(tensors)
+    return Operand(values, next(tensors) if rule is not None and rule.has_outer_scale else None)
+
+
+def backward_operand(
+    source: Tensor | None, kept: Operand | None, rules: Product, state: State, dtype: torch.dtype
+) -> Operand:
+    """The second operand of a product of the backward pass: from the tensor itself, or from the forward operand."""
+    if kept is None:
+        assert source is not None
+        return quantize_operand(source.mT, rules.right, rules.hadamard, state)
+    if rules.right is None or rules.right.source != "forward":
+        return kept.transposed
+    if rules.right.format is None and not rules.hadamard:
+        return kept.transposed
+    x = kept.values if kept.scale is None else kept.values * kept.scale
+    return quantize_operand(x.mT, rules.right, rules.hadamard, state, dtype)
+
+
+def multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """``left right^T + bias``, accumulated in float32 (float64), scaled, rounded once to dtype."""
+    for observe in observers:
+        observe(rules)
+    device = left.values.device.type
+    if torch.is_autocast_enabled(device):  # it would round float32 operands
+        with torch.autocast(device, enabled=False):
+            return _multiply(left, right, rules, dtype, bias)
+    return _multiply(left, right, rules, dtype, bias)
+
+
+def _multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    a, b = left.values, right.values
+    if not rules.is_simulated:
+        return linear(a, b, bias) if b.ndim == 2 else a @ b.mT if bias is None else torch.baddbmm(bias, a, b.mT)
+    common = torch.promote_types(a.dtype, b.dtype)
+    scales = [
+        scale for scale in (left.scale, None if right.scale is None else turned(right.scale)) if scale is not None
+    ]
+    if common.itemsize == 2 and a.is_cuda:
+        if not scales and common == dtype and b.ndim == 2:
+            return linear(a, b, bias)
+        y = (torch.mm if b.ndim == 2 else torch.bmm)(a.to(common), b.to(common).mT, out_dtype=torch.float32)
+    else:
+        compute = torch.float64 if common == torch.float64 else torch.float32
+        y = a.to(compute) @ b.to(compute).mT
+    for scale in scales:
+        y = y * scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def turned(scale: Tensor) -> Tensor:
+    """A scale of each row [..., N, 1] as one of each column of the product; that of a tensor as it is."""
+    return scale.mT if scale.ndim > 1 else scale

@@ -1,0 +1,158 @@
+"""What a simulated layer remembers: seeds of stochastic rounding, amax histories of delayed scaling."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ops_registry.aten import divide
+
+from ..quantization.scaling import resolve_format
+from .products import ProductState
+from .published import as_recipe
+from .recipes import Recipe
+
+
+class SimulationState(nn.Module):
+    """The state of a layer's products under a recipe: as many of them as the layer has, each with its gradients.
+
+    Seeds follow from (seed, name, product, rule, step), so an eager run, a compiled one, a recomputation and a resumed
+    run round alike. Scales of delayed scaling are 1 until a step has seen an amax. Nothing of it is in ``state_dict``;
+    it moves with the model, and keeps its dtypes.
+
+    Args:
+        recipe: a :class:`Recipe` or the name of one.
+        name: of the layer; layers of different names draw different bits.
+        seed: of the model.
+        products: how many products the layer has.
+        device: where it lies.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.simulation import SimulationState, advance, linear
+        >>> state = SimulationState("fp8_delayed")
+        >>> x, w = torch.full((1, 2), 896.0), torch.eye(2)
+        >>> linear(x, w, None, state.recipe, state=state.of(0))  # clips: no amax was seen
+        tensor([[448., 448.]])
+        >>> advance([state])
+        >>> linear(x, w, None, state.recipe, state=state.of(0))
+        tensor([[896., 896.]])
+    """
+
+    seeds: Tensor | None
+    scales: Tensor | None
+    amax: Tensor | None
+    history: Tensor | None
+
+    def __init__(
+        self,
+        recipe: Recipe | str,
+        name: str = "",
+        *,
+        seed: int = 0,
+        products: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.recipe, self.name, self.seed, self.products = as_recipe(recipe), name, seed, products
+        self.step = 0
+        self.enabled = True
+        self.reset(device)
+
+    def reset(self, device: torch.device | str | None = None) -> None:
+        """Makes the buffers: no amax seen, the seeds of this step."""
+        shape = (self.products, len(self.recipe.rules))
+        buffers: dict[str, Tensor | None] = dict.fromkeys(("seeds", "scales", "amax", "history"))
+        if self.recipe.is_stochastic:
+            buffers["seeds"] = self.draw().to(device)
+        if self.recipe.history:
+            buffers["scales"] = torch.ones(shape, device=device)
+            buffers["amax"] = torch.zeros(shape, device=device)
+            buffers["history"] = torch.zeros(*shape, self.recipe.history, device=device)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def draw(self) -> Tensor:
+        """The seeds of this step, int64 on the CPU."""
+        words = (
+            f"{self.seed}/{self.name}/{product}/{rule}/{self.step}"
+            for product in range(self.products)
+            for rule in range(len(self.recipe.rules))
+        )
+        digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
+        return torch.tensor([int.from_bytes(digest) >> 1 for digest in digests]).view(self.products, -1)
+
+    def of(self, product: int) -> ProductState:
+        """What a product needs; delayed scaling records in training mode only."""
+
+        def row(buffer: Tensor | None) -> Tensor | None:
+            return None if buffer is None else buffer[product]
+
+        return ProductState(row(self.seeds), row(self.scales), row(self.amax) if self.training else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follows a model to another device, but to no other dtype; off the meta device nothing can be copied."""
+        for buffer in self.buffers():
+            device = fn(torch.empty(0, device=buffer.device)).device
+            if buffer.is_meta and device.type != "meta":
+                self.reset(device)
+                break
+            super()._apply(lambda t: t.to(device), recurse)  # type: ignore[no-untyped-call]  # noqa: B023
+            break
+        return self
+
+    def extra_repr(self) -> str:
+        return self.recipe.name + ("" if self.enabled else ", disabled")
+
+
+def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup | None" = None) -> None:
+    """One step of training is over: new seeds, and new scales from the amax of the steps so far.
+
+    Where ``torch.distributed`` is initialized, the largest amax of all ranks counts, and every rank must call this. An
+    infinite or NaN amax is not recorded; the one before it counts again.
+    """
+    states = list(states)
+    for state in states:
+        state.step += 1
+    drawn = [state for state in states if state.seeds is not None]
+    if drawn:
+        seeds = torch.cat([state.draw() for state in drawn])  # to be copied to their device at once
+        _write("seeds", drawn, seeds)
+    delayed = sorted((state for state in states if state.recipe.history), key=lambda state: state.recipe.history)
+    for _, group in groupby(delayed, key=lambda state: state.recipe.history):
+        _record(list(group), process_group)
+
+
+def _write(name: str, states: list[SimulationState], values: Tensor) -> None:
+    """Writes rows of values to the buffers of that name, one after the other."""
+    buffers = [getattr(state, name) for state in states]
+    values = values.to(buffers[0].device, non_blocking=True)
+    torch._foreach_copy_(buffers, list(values.split([state.products for state in states])))
+
+
+def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | None") -> None:
+    """Puts the amax of this step first in the histories, drops the oldest and finds the scales."""
+    amax, history = (torch.cat([getattr(state, name) for state in states]) for name in ("amax", "history"))
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
+    amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
+    history = torch.cat([amax.unsqueeze(-1), history[..., :-1]], -1)
+    rules = [[_reach(rule) for rule in state.recipe.rules] for state in states for _ in range(state.products)]
+    reach = torch.tensor(rules, device=amax.device)
+    largest = history.amax(-1)
+    limits = torch.finfo(torch.float32)
+    scales = divide(largest * reach[..., 1], reach[..., 0]).clamp(limits.smallest_normal, limits.max)
+    scales = scales.masked_fill(largest == 0, 1.0)
+    for name, value in (("history", history), ("scales", scales), ("amax", torch.zeros_like(amax))):
+        _write(name, states, value)
+
+
+def _reach(rule: Any) -> tuple[float, float]:
+    """The largest value of a rule's format, and its headroom."""
+    if rule is None or rule.format is None:
+        return 1.0, 1.0
+    return resolve_format(rule.format).max_representable_value, rule.headroom
