@@ -33,8 +33,8 @@ class SimulationState(nn.Module):
 
     Example:
         >>> import torch
-        >>> from altgrad.simulation import SimulationState, advance, linear
-        >>> state = SimulationState("fp8_delayed")
+        >>> from altgrad.simulation import Recipe, Rule, SimulationState, advance, linear
+        >>> state = SimulationState(Recipe("delayed x", (Rule("E4M3", history=4), None)))
         >>> x, w = torch.full((1, 2), 896.0), torch.eye(2)
         >>> linear(x, w, None, state.recipe, state=state.of(0))  # clips: no amax was seen
         tensor([[448., 448.]])
