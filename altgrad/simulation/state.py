@@ -62,6 +62,8 @@ class SimulationState(nn.Module):
         self.step = 0
         self.enabled = True
         self.reset(device)
+        # A hook anywhere in an nn.TransformerEncoderLayer keeps it off the fast path that looks past its submodules.
+        self.register_forward_pre_hook(_no_op)
 
     def reset(self, device: torch.device | str | None = None) -> None:
         """Makes the buffers: no amax seen, the seeds of this step."""
@@ -107,6 +109,10 @@ class SimulationState(nn.Module):
 
     def extra_repr(self) -> str:
         return self.recipe.name + ("" if self.enabled else ", disabled")
+
+
+def _no_op(module: nn.Module, args: Any) -> None:
+    pass
 
 
 def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup | None" = None) -> None:

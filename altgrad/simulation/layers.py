@@ -1,0 +1,157 @@
+"""Layers with simulated products: which classes of modules have a form, and how a module changes its class.
+
+A simulated module is of a class derived from its own, so parameters, keys of ``state_dict``, hooks and ``isinstance``
+stay as they are. Its state is a submodule named ``simulation``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .functions import conv, linear
+from .multihead import attend, products_of_attention
+from .state import SimulationState
+
+LAYOUTS = ("NK", "KN")
+# Layers with products that have no simulated form; tables say so.
+WITHOUT_FORM = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvTransposeNd)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer: its forward pass with simulated products, and their weights and number."""
+
+    name: str
+    forward: Callable[..., Any]
+    weight: str = "weight"
+    products: Callable[[nn.Module, bool], int] = lambda layer, attention: 1
+
+
+def _linear(weight: str, bias: str, layout: str) -> Callable[..., Tensor]:
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        matrix, state = getattr(layer, weight), layer.simulation
+        b = getattr(layer, bias, None)
+        return linear(x, matrix if layout == "NK" else matrix.mT, b, state.recipe, state=state.of(0))
+
+    return forward
+
+
+def _conv(layer: Any, x: Tensor) -> Tensor:
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    options = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups}
+    state = layer.simulation
+    return conv(x, layer.weight, layer.bias, state.recipe, state=state.of(0), **options)
+
+
+# A class, or its qualified name where importing it is too much, -> its kind.
+KINDS: dict[type | str, Kind] = {
+    nn.Linear: Kind("linear", _linear("weight", "bias", "NK")),
+    "transformers.pytorch_utils.Conv1D": Kind("linear", _linear("weight", "bias", "KN")),
+    **{c: Kind(c.__name__.lower(), _conv) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    nn.MultiheadAttention: Kind("attention", attend, "in_proj_weight", products_of_attention),
+}
+
+_classes: dict[type, type] = {}
+
+
+def register(cls: type[nn.Module] | str, *, weight: str = "weight", bias: str = "bias", layout: str = "NK") -> None:
+    """Makes a class of layers that compute ``x weight^T + bias`` one that :func:`simulate` switches.
+
+    Its subclasses are switched too, unless they have a forward method of their own.
+
+    Args:
+        cls: the class, or its qualified name (``"package.module.Class"``).
+        weight, bias: the names of its parameters; a layer without the latter has no bias.
+        layout: ``"NK"``: the weight is [out, in], as that of nn.Linear; ``"KN"``: [in, out].
+
+    Raises:
+        TypeError, ValueError: what is no class of modules, an unknown layout.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.simulation import register, simulate
+        >>> class Dense(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.kernel = torch.nn.Parameter(torch.ones(2, 3))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.kernel
+        >>> register(Dense, weight="kernel", layout="KN")
+        >>> layer = Dense()
+        >>> _ = simulate(layer, "mxfp4")
+        >>> layer(torch.tensor([[1.1, 6.0]])).detach()
+        tensor([[7., 7., 7.]])
+    """
+    if not isinstance(cls, str) and not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a class of modules or the qualified name of one, got {cls!r}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    KINDS[cls] = Kind("linear", _linear(weight, bias, layout), weight)
+    _classes.clear()
+
+
+def kind_of(cls: type) -> Kind | None:
+    """The kind of layer that a class is, if it has the forward method of a class in KINDS."""
+    for base in cls.__mro__:
+        kind = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
+        if kind is not None:
+            return kind if cls.forward is base.forward else None  # type: ignore[attr-defined]
+    return None
+
+
+class Simulated:
+    """What simulated classes have before the class that they are derived from."""
+
+    simulation: SimulationState
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        base = original_class(type(self))
+        return _empty, (base,), super().__reduce_ex__(protocol)[2]  # type: ignore[index]
+
+
+def simulated_class(base: type) -> Any:
+    """The class of simulated modules of a class; pickling and copying go by the class that it is derived from."""
+    if base not in _classes:
+        _classes[base] = _derive(base)
+    return _classes[base]
+
+
+def _derive(base: Any) -> type:
+    kind = kind_of(base)
+    assert kind is not None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (kind.forward if self.simulation.enabled else base.forward)(self, *args, **kwargs)
+
+    return type(f"Simulated{base.__name__}", (Simulated, base), {"forward": forward, "__doc__": base.__doc__})
+
+
+def original_class(cls: Any) -> Any:
+    """The class that a simulated class is derived from."""
+    return cls.__mro__[cls.__mro__.index(Simulated) + 1]
+
+
+def _empty(base: type) -> Any:
+    cls = simulated_class(base)
+    return cls.__new__(cls)
+
+
+def switch(layer: nn.Module, state: SimulationState) -> None:
+    layer.add_module("simulation", state)
+    layer.__class__ = simulated_class(type(layer))
+
+
+def switch_back(layer: Any) -> None:
+    del layer.simulation
+    layer.__class__ = original_class(type(layer))
+
+
+def shape_of(layer: nn.Module, kind: Kind) -> tuple[int, ...]:
+    weight = getattr(layer, kind.weight)
+    return () if weight is None else tuple(weight.shape)

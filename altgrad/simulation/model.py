@@ -1,0 +1,269 @@
+"""A model switched to simulated products by one call, and back."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .layers import (
+    WITHOUT_FORM,
+    Kind,
+    Simulated,
+    kind_of,
+    original_class,
+    shape_of,
+    simulated_class,
+    switch,
+    switch_back,
+)
+from .published import as_recipe
+from .recipes import Recipe
+from .state import SimulationState, advance
+
+Choice = Recipe | str | Mapping[str, Any] | None
+
+
+class Row(NamedTuple):
+    """A layer in the table: recipe is the name of one, or why it stays in high precision."""
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    recipe: str
+
+
+class Simulation:
+    """The simulated layers of a model: what :func:`simulate` gives, or ``Simulation(model)`` of a copied or loaded one.
+
+    Printed it is a table of all layers with products. It holds nothing but the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def states(self) -> dict[str, SimulationState]:
+        """The states of the simulated layers by the layers' names."""
+        return {name: layer.simulation for name, layer in self.model.named_modules() if isinstance(layer, Simulated)}
+
+    @property
+    def rows(self) -> list[Row]:
+        rows = []
+        for name, layer in self.model.named_modules():
+            simulated = isinstance(layer, Simulated)
+            cls = original_class(type(layer)) if simulated else type(layer)
+            kind = kind_of(cls)
+            if kind is not None:
+                recipe = layer.simulation.recipe.name if simulated else "high precision: no pattern, or skipped"
+                rows.append(Row(name, kind.name, shape_of(layer, kind), recipe))
+            elif isinstance(layer, WITHOUT_FORM) or any(
+                base is not nn.Module and kind_of(base) for base in cls.__mro__
+            ):
+                rows.append(Row(name, cls.__name__, (), "high precision: no simulated form"))
+        return rows
+
+    def __str__(self) -> str:
+        table = [Row._fields, *((*row[:2], "x".join(map(str, row.shape)), row.recipe) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+
+    def step(self, process_group: Any = None) -> None:
+        """Ends a step of training, after the optimizer's: new random bits, new scales of delayed scaling.
+
+        See :func:`advance`. Without it every step rounds by the same bits and delayed scales stay.
+        """
+        advance(self.states.values(), process_group)
+
+    def to_json(self) -> str:
+        """The recipe of every simulated layer by name, for :func:`simulate`: ``simulate(model, json.loads(text))``."""
+        return json.dumps({name: json.loads(state.recipe.to_json()) for name, state in self.states.items()}, indent=1)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Seeds, steps and histories by layer: what a resumed run needs to go on as the uninterrupted one would."""
+        return {
+            name: {"seed": state.seed, "step": state.step, **{k: v.clone() for k, v in state.named_buffers()}}
+            for name, state in self.states.items()
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes up what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the simulated layers or their buffers are others; nothing is loaded then.
+        """
+        states = self.states
+        for name in states.keys() | state_dict.keys():
+            ours = set() if name not in states else {key for key, _ in states[name].named_buffers()}
+            if name not in states or name not in state_dict or ours | {"seed", "step"} != set(state_dict[name]):
+                raise ValueError(f"the state of {name!r} does not fit: is the model simulated by the same recipes?")
+        for name, state in states.items():
+            state.seed, state.step = state_dict[name]["seed"], state_dict[name]["step"]
+            for key, buffer in state.named_buffers():
+                buffer.copy_(state_dict[name][key])
+
+
+def simulate(
+    model: nn.Module,
+    recipe: Choice,
+    *,
+    skip: Iterable[str] = (),
+    seed: int = 0,
+    forward_only: bool = False,
+    attention: bool = False,
+) -> Simulation:
+    """Switches the layers of a model, in place, to products that are quantized by a recipe, forward and backward.
+
+    Layers change their class and keep everything else: parameters, keys of ``state_dict``, tied weights, hooks. Covered
+    are nn.Linear, nn.Conv1d to 3d, nn.MultiheadAttention, transformers' Conv1D and what :func:`register` was told.
+    Call it before ``torch.compile``, DDP and FSDP, and :meth:`Simulation.step` after each step of the optimizer.
+
+    Args:
+        model: any module; on any device, the meta device too.
+        recipe: a :class:`Recipe`, the name of one in RECIPES, or {pattern: recipe} with shell patterns of module names,
+            of which the first that matches decides; None and no match leave a layer in high precision.
+        skip: patterns of layers that stay in high precision.
+        seed: of all random bits.
+        forward_only: gradients in high precision.
+        attention: simulate the two products of nn.MultiheadAttention between its projections too.
+
+    Raises:
+        TypeError, ValueError: an unknown recipe, a pattern that matches no layer, a model without layers to switch or
+            with simulated ones, with a layer that is compiled, quantized or not initialized. The model is as it was.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.simulation import simulate
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> print(simulate(model, {"0": "mxfp8", "*": "nvfp4"}))
+        module  kind    shape  recipe
+        0       linear  16x8   mxfp8
+        2       linear  4x16   nvfp4
+    """
+    _check_model(model)
+    layers = {name: (layer, kind) for name, layer in model.named_modules() if (kind := kind_of(type(layer)))}
+    chosen = _choose(layers, recipe, list(skip))
+    if not chosen:
+        raise ValueError("no layer of the model is simulated: it has none that can be, or none that a pattern matches")
+    states = {}
+    for name, chosen_recipe in chosen.items():
+        layer, kind = layers[name]
+        _check_layer(name, layer)
+        simulated_class(type(layer))
+        device = next(layer.parameters()).device
+        states[name] = SimulationState(
+            chosen_recipe.forward_only() if forward_only else chosen_recipe,
+            name,
+            seed=seed,
+            products=kind.products(layer, attention),
+            device=device,
+        ).train(layer.training)
+    for name, state in states.items():
+        switch(layers[name][0], state)
+    for module in model.modules():
+        # Of nested tensors an encoder makes use in a fast path alone, which looks past its layers.
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            module.use_nested_tensor, module.restores_nested_tensor = False, True  # type: ignore[assignment]
+    return Simulation(model)
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes :func:`simulate`: every layer has its own class again.
+
+    Raises:
+        ValueError: a model without simulated layers, or a layer whose class was changed after simulate.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.simulation import restore, simulate
+        >>> model = torch.nn.Linear(8, 16)
+        >>> _ = simulate(model, "mxfp8")
+        >>> restore(model)
+        >>> type(model)
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Simulated)]
+    if not layers:
+        raise ValueError("the model has no simulated layer")
+    for name, layer in layers:
+        if type(layer).__bases__[0] is not Simulated:
+            raise ValueError(f"{name} became a {type(layer).__name__} after simulate: undo that first")
+    for _, layer in layers:
+        switch_back(layer)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, "restores_nested_tensor"):
+            del module.restores_nested_tensor
+            module.use_nested_tensor = True
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """High precision within the context: for an evaluation, say. Compiled code has a version for each.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.simulation import disabled, simulate
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = simulate(model, "mxfp4")
+        >>> x = torch.ones(1, 1)
+        >>> with disabled(model):
+        ...     print(model(x) == model.weight)
+        tensor([[True]])
+    """
+    states = Simulation(model).states.values()
+    before = [state.enabled for state in states]
+    for state in states:
+        state.enabled = False
+    try:
+        yield
+    finally:
+        for state, enabled in zip(states, before):
+            state.enabled = enabled
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a scripted model cannot be simulated")
+    for name, module in model.named_modules():
+        if isinstance(module, Simulated):
+            raise ValueError(f"{name or 'the model'} is simulated already: restore the model first")
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            raise ValueError(f"{name or 'the model'} is compiled: simulate first, then compile")
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    if hasattr(layer, "simulation"):
+        raise ValueError(f"{name or 'the model'} has an attribute named simulation")
+    parameters = list(layer.parameters())
+    if not parameters:
+        raise ValueError(f"{name or 'the model'}, a {type(layer).__name__}, has no parameters: is it quantized?")
+    for parameter in parameters:
+        if is_lazy(parameter):
+            raise ValueError(f"{name or 'the model'} is not initialized: run the model once")
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name or 'the model'} has a weight of {parameter.dtype}: is it quantized?")
+
+
+def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: list[str]) -> dict[str, Recipe]:
+    """The recipes of the layers that get one, by name."""
+    is_patterns = isinstance(recipe, Mapping) and "name" not in recipe
+    patterns: dict[str, Any] = dict(recipe) if is_patterns else {"*": recipe}  # type: ignore[arg-type]
+    recipes = {pattern: None if value is None else as_recipe(value) for pattern, value in patterns.items()}
+    for pattern in (*(recipes if is_patterns else ()), *skip):
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"pattern {pattern!r} matches no layer that can be simulated: {', '.join(layers) or 'none'}"
+            )
+    chosen = {}
+    for name in layers:
+        if not any(fnmatchcase(name, pattern) for pattern in skip):
+            match = next((value for pattern, value in recipes.items() if fnmatchcase(name, pattern)), None)
+            if match is not None:
+                chosen[name] = match
+    return chosen
