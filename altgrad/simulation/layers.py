@@ -112,7 +112,7 @@ class Simulated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = original_class(type(self))
-        return _empty, (base,), super().__reduce_ex__(protocol)[2]  # type: ignore[index]
+        return _empty, (base,), super().__reduce_ex__(protocol)[2]
 
 
 def simulated_class(base: type) -> Any:
