@@ -18,7 +18,7 @@ from torch._library.simple_registry import singleton
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from altgrad.quantization import FORMAT_REGISTRY, FP8Format, quantize, resolve
-from ops_registry.schemas import OPERATORS
+from ops_registry.operators import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -179,7 +179,7 @@ def p3109() -> str:
 
 
 def schemas() -> str:
-    return "```\n" + "\n".join(f"altgrad::{schema}" for schema in OPERATORS.values()) + "\n```"
+    return "```\n" + "\n".join(f"altgrad::{name}{operator.schema}" for name, operator in OPERATORS.items()) + "\n```"
 
 
 KEYS = {

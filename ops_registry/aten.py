@@ -11,38 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import (
-    RANDOM_BITS,
-    ROUNDINGS,
-    SATURATIONS,
-    check_decode,
-    check_dequantize,
-    check_quantize,
-    check_stochastic,
-)
+from .arithmetic import compute_dtype, divide
+from .checks import check_decode, check_dequantize, check_quantize
 from .formats import FP8Format
-from .schemas import OPERATORS, library
+from .layout import with_layout_of_input
+from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
+from .operators import OPERATORS, library, with_twins
 
 _FRACTION_BITS = {torch.float32: 23, torch.float64: 52}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic of an operator: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def divide(x: Tensor, scale: Tensor, rounding: str | None = None) -> Tensor:
-    """x / scale in the compute dtype, correctly rounded, or as good as that for the rounding to come."""
-    dtype = compute_dtype(x.dtype)
-    if x.is_cuda and dtype == torch.float32:
-        # Inductor's float32 `/` on CUDA is not IEEE, its float64 `/` is. The quotient of two 24-bit numbers is a
-        # midpoint of float32 numbers, normal or not, or 2^-49 away from it, so a float64 quotient rounds to float32 as
-        # the exact one does. The cheaper product with a reciprocal is off by at most 2^-52: enough but for quotients
-        # that are midpoints. Those are below 2^-126, at most half the quantum of any format: ties to even give zero.
-        if rounding == "nearest_ties_to_even":
-            return (x.double() * scale.double().reciprocal()).float()
-        return (x.double() / scale.double()).float()
-    return x.to(dtype) / scale.to(dtype)
 
 
 def split(a: Tensor, bits: int) -> Tensor:
@@ -208,49 +184,29 @@ def quantize(
     format: str,
     saturation: str = SATURATIONS[0],
     rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
     multiply: Callable[..., Tensor] = multiply,
 ) -> Tensor:
-    f = check_quantize(x, scale, format, saturation, rounding)
+    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     q = divide(x, scale, rounding)
-    return multiply(project(q, f, saturation, rounding, None), q, x, scale, f)
-
-
-def quantize_stochastic(
-    x: Tensor,
-    scale: Tensor,
-    random_bits: Tensor,
-    format: str,
-    saturation: str = SATURATIONS[0],
-    multiply: Callable[..., Tensor] = multiply,
-) -> Tensor:
-    f = check_stochastic(x, scale, random_bits, format, saturation)
-    q = divide(x, scale, "stochastic")
-    return multiply(project(q, f, saturation, "stochastic", random_bits), q, x, scale, f)
+    return multiply(project(q, f, saturation, rounding, random_bits), q, x, scale, f)
 
 
 def encode(
-    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
 ) -> Tensor:
-    f = check_quantize(x, scale, format, saturation, rounding)
+    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     q = divide(x, scale, rounding)
-    return pack(project(q, f, saturation, rounding, None), has_sign_bit(q), f)
-
-
-def encode_stochastic(
-    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
-) -> Tensor:
-    f = check_stochastic(x, scale, random_bits, format, saturation)
-    q = divide(x, scale, "stochastic")
-    return pack(project(q, f, saturation, "stochastic", random_bits), has_sign_bit(q), f)
+    return pack(project(q, f, saturation, rounding, random_bits), has_sign_bit(q), f)
 
 
 def quantize_gradient(x: Tensor, *args: Any) -> Tensor:
     check_quantize(x, *args)
-    return x
-
-
-def quantize_gradient_stochastic(x: Tensor, *args: Any) -> Tensor:
-    check_stochastic(x, *args)
     return x
 
 
@@ -267,27 +223,15 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     return (x.to(dtype) * scale.to(dtype)).to(x.dtype)
 
 
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "quantize": quantize,
-    "quantize_stochastic": quantize_stochastic,
-    "encode": encode,
-    "encode_stochastic": encode_stochastic,
-    "quantize_gradient": quantize_gradient,
-    "quantize_gradient_stochastic": quantize_gradient_stochastic,
-    "decode": decode,
-    "dequantize": dequantize,
-}
-
-
-def with_layout_of_input(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The formula with its output laid out as ``torch.empty_like(x)``, which broadcasting alone does not promise."""
-
-    def kernel(x: Tensor, *args: Any) -> Tensor:
-        result = formula(x, *args)
-        return torch.empty_like(x, dtype=result.dtype).copy_(result)
-
-    return kernel
-
+FORMULAS = with_twins(
+    {
+        "quantize": quantize,
+        "encode": encode,
+        "quantize_gradient": quantize_gradient,
+        "decode": decode,
+        "dequantize": dequantize,
+    }
+)
 
 for _name in OPERATORS:
     library.impl(_name, with_layout_of_input(FORMULAS[_name]), "CompositeExplicitAutograd")

@@ -3,7 +3,7 @@
 ``torch.library.register_autograd`` takes the reverse rule alone: what it registers raises under ``torch.func`` and
 drops forward-mode tangents without a word (pytorch#168393, #179652). So the kernel of the Autograd key is written here,
 on the single-level Function with which functorch runs Functions itself. Those names are private to torch; where one is
-missing, ``register_autograd`` takes the same rules, and altgrad.quantization covers the transforms with its Functions.
+missing, ``register_autograd`` takes the same rules, and what :func:`entry` gives covers the transforms with Functions.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .schemas import library
+from .operators import library
 
 try:
     from torch._functorch.utils import enable_single_level_autograd_function
@@ -22,12 +22,6 @@ try:
     SERVES_TRANSFORMS = True
 except ImportError:
     SERVES_TRANSFORMS = False
-
-
-# Operator -> its kernel of the CPU key, where there is one. The kernel of the Autograd key calls it for a key set of
-# nothing else: the dispatcher comes to the same one, two microseconds later.
-CPU_KERNELS: dict[str, Callable[..., Tensor]] = {}
-_PLAIN_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).add(torch._C.DispatchKey.AutogradCPU)
 
 
 def transforms_are_active() -> bool:
@@ -129,8 +123,6 @@ def _register_kernel(name: str, rule: Rule) -> None:
                 return function.apply(modes, keyset, x, scale, *others)
         if (x.requires_grad or scale.requires_grad) and torch.is_grad_enabled():
             return function.apply(None, keyset, x, scale, *others)
-        if keyset == _PLAIN_CPU and name in CPU_KERNELS:
-            return CPU_KERNELS[name](x, scale, *others)
         return below_autograd(keyset, (x, scale, *others))
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
@@ -138,3 +130,29 @@ def _register_kernel(name: str, rule: Rule) -> None:
 
 for _name, _rule in RULES.items():
     (_register_kernel if SERVES_TRANSFORMS else _register_public)(_name, _rule)
+
+
+def entry(name: str) -> Callable[..., Tensor]:
+    """What calls an operator with its gradients under every transform: the operator, or a Function where it cannot."""
+    op: Callable[..., Tensor] = getattr(torch.ops.altgrad, name)
+    if SERVES_TRANSFORMS:
+        return op
+    function = _function(op, RULES[name])
+    return lambda *args: function.apply(*args) if transforms_are_active() else op(*args)
+
+
+def _function(op: Callable[..., Tensor], rule: Rule) -> Any:
+    def forward(*args: Any) -> Tensor:
+        return op(*args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(rule, ctx, inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return rule.backward(ctx, grad), *_NO_GRADIENTS
+
+    def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor | None:
+        return rule.jvp(ctx, tangent)
+
+    members = {f.__name__: staticmethod(f) for f in (forward, setup_context, backward, jvp)}
+    return type("Entry", (torch.autograd.Function,), members | {"generate_vmap_rule": True})

@@ -6,39 +6,35 @@ import torch
 from torch import Tensor
 
 from .formats import FP8Format, resolve
+from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SATURATIONS = ("propagate", "finite", "none")
-ROUNDINGS = (
-    "nearest_ties_to_even",
-    "nearest_ties_to_away",
-    "toward_zero",
-    "toward_positive",
-    "toward_negative",
-    "to_odd",
-)
-# dtype of random_bits -> N, how many of its low bits are the random number. 24 bits reach every distance between two
-# values of a format that a float32 normal can have, so stochastic rounding of those is unbiased.
-RANDOM_BITS = {torch.int32: 24, torch.uint8: 8}
 
 
 def check_quantize(
-    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
 ) -> FP8Format:
-    """Checks the arguments of quantize and encode; returns the format."""
+    """Checks the arguments of a projection, deterministic or stochastic; returns the format."""
     check_dequantize(x, scale)
     if saturation not in SATURATIONS:
         raise ValueError(f"saturation must be one of {', '.join(SATURATIONS)}, got {saturation!r}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if random_bits is not None:
+        _check_random_bits(random_bits, x)
+    elif rounding == "stochastic":
+        raise ValueError(
+            "rounding 'stochastic' needs random_bits: it is an operator of its own, with them as an operand"
+        )
     return resolve(format)
 
 
-def check_stochastic(
-    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
-) -> FP8Format:
-    """Checks the arguments of quantize_stochastic and encode_stochastic; returns the format."""
-    f = check_quantize(x, scale, format, saturation)
+def _check_random_bits(random_bits: Tensor, x: Tensor) -> None:
     if random_bits.dtype not in RANDOM_BITS:
         raise TypeError(f"random_bits must have a dtype of {_names(RANDOM_BITS)}, got {random_bits.dtype}")
     _check_strided("random_bits", random_bits)
@@ -46,7 +42,6 @@ def check_stochastic(
         raise RuntimeError(f"random_bits must be on the device of x, {x.device}, got {random_bits.device}")
     if random_bits.shape != x.shape:
         raise ValueError(f"random_bits must have the shape of x, {tuple(x.shape)}, got {tuple(random_bits.shape)}")
-    return f
 
 
 def check_decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> FP8Format:
@@ -86,12 +81,6 @@ def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
             f"scale must broadcast to {name} without enlarging it: "
             f"got scale of shape {tuple(scale.shape)} for {name} of shape {tuple(x.shape)}"
         )
-
-
-def strides_over(ndim: int, shape: Iterable[int], strides: Iterable[int]) -> list[int]:
-    """The strides with which a tensor of this shape walks when it is broadcast to ndim dimensions."""
-    own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
-    return [*[0] * (ndim - len(own)), *own]
 
 
 def _is_one(size: int) -> bool:

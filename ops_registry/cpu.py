@@ -15,26 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import CPU_KERNELS, transforms_are_active
-from .checks import (
-    RANDOM_BITS,
-    ROUNDINGS,
-    SATURATIONS,
-    check_decode,
-    check_dequantize,
-    check_quantize,
-    check_stochastic,
-    strides_over,
-)
+from .autograd import transforms_are_active
+from .checks import check_decode, check_dequantize, check_quantize
 from .formats import resolve
-from .schemas import library
+from .layout import strides_over
+from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
+from .operators import library, with_twins
 
 _QUANTIZE, _ENCODE, _DECODE, _DEQUANTIZE = range(4)
 _DTYPES = {
     dtype: i
     for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32))
 }
-_ROUNDINGS = {rounding: i for i, rounding in enumerate((*ROUNDINGS, "stochastic"))}
+_ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
 Size = tuple[int, ...]
 
@@ -159,35 +152,34 @@ def amax_of_rows(x: Tensor) -> Tensor:
 
 
 def quantize(
-    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
 ) -> Tensor:
-    check_quantize(x, scale, format, saturation, rounding)
-    plan = _plan(_QUANTIZE, x.dtype, scale.dtype, x.dtype, format, saturation, rounding)
-    return _run(plan, torch.empty_like(x), x, scale)
-
-
-def quantize_stochastic(
-    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
-) -> Tensor:
-    check_stochastic(x, scale, random_bits, format, saturation)
-    plan = _plan(_QUANTIZE, x.dtype, scale.dtype, x.dtype, format, saturation, "stochastic", random_bits.dtype)
-    return _run(plan, torch.empty_like(x), x, scale, random_bits)
+    check_quantize(x, scale, format, saturation, rounding, random_bits)
+    out = torch.empty_like(x)
+    return _project(_QUANTIZE, out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
 def encode(
-    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
 ) -> Tensor:
-    check_quantize(x, scale, format, saturation, rounding)
-    plan = _plan(_ENCODE, x.dtype, scale.dtype, torch.uint8, format, saturation, rounding)
-    return _run(plan, torch.empty_like(x, dtype=torch.uint8), x, scale)
+    check_quantize(x, scale, format, saturation, rounding, random_bits)
+    out = torch.empty_like(x, dtype=torch.uint8)
+    return _project(_ENCODE, out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
-def encode_stochastic(
-    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
-) -> Tensor:
-    check_stochastic(x, scale, random_bits, format, saturation)
-    plan = _plan(_ENCODE, x.dtype, scale.dtype, torch.uint8, format, saturation, "stochastic", random_bits.dtype)
-    return _run(plan, torch.empty_like(x, dtype=torch.uint8), x, scale, random_bits)
+def _project(operation: int, out: Tensor, x: Tensor, scale: Tensor, *modes: str, random_bits: Tensor | None) -> Tensor:
+    random_dtype = torch.int32 if random_bits is None else random_bits.dtype
+    return _run(_plan(operation, x.dtype, scale.dtype, out.dtype, *modes, random_dtype), out, x, scale, random_bits)
 
 
 def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -203,14 +195,8 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     return _run(plan, torch.empty_like(x), x, scale)
 
 
+KERNELS = with_twins({"quantize": quantize, "encode": encode, "decode": decode, "dequantize": dequantize})
+
 if _native is not None:
-    CPU_KERNELS |= {
-        "quantize": quantize,
-        "quantize_stochastic": quantize_stochastic,
-        "encode": encode,
-        "encode_stochastic": encode_stochastic,
-        "decode": decode,
-        "dequantize": dequantize,
-    }
-    for _name, _kernel in CPU_KERNELS.items():
+    for _name, _kernel in KERNELS.items():
         library.impl(_name, _kernel, "CPU")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from . import aten
-from .checks import ROUNDINGS, SATURATIONS, check_decode, check_quantize, check_stochastic, strides_over
+from .checks import check_decode, check_quantize
 from .formats import FP8Format
-from .schemas import library
+from .layout import strides_over
+from .modes import ROUNDINGS, SATURATIONS
+from .operators import library, with_twins
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
@@ -144,43 +146,33 @@ def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8
 
 
 def quantize(
-    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
 ) -> Tensor:
-    f = check_quantize(x, scale, format, saturation, rounding)
+    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x)
-    if launch("project_kernel", out, scale, [x, out], f, saturation, rounding):
+    if launch("project_kernel", out, scale, [x, out if random_bits is None else random_bits], f, saturation, rounding):
         return out
-    return out.copy_(aten.quantize(x, scale, format, saturation, rounding))
-
-
-def quantize_stochastic(
-    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
-) -> Tensor:
-    f = check_stochastic(x, scale, random_bits, format, saturation)
-    out = torch.empty_like(x)
-    if launch("project_kernel", out, scale, [x, random_bits], f, saturation, "stochastic"):
-        return out
-    return out.copy_(aten.quantize_stochastic(x, scale, random_bits, format, saturation))
+    return out.copy_(aten.quantize(x, scale, format, saturation, rounding, random_bits))
 
 
 def encode(
-    x: Tensor, scale: Tensor, format: str, saturation: str = SATURATIONS[0], rounding: str = ROUNDINGS[0]
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    random_bits: Tensor | None = None,
 ) -> Tensor:
-    f = check_quantize(x, scale, format, saturation, rounding)
+    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x, dtype=torch.uint8)
-    if launch("project_kernel", out, scale, [x, out], f, saturation, rounding):
+    if launch("project_kernel", out, scale, [x, out if random_bits is None else random_bits], f, saturation, rounding):
         return out
-    return out.copy_(aten.encode(x, scale, format, saturation, rounding))
-
-
-def encode_stochastic(
-    x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]
-) -> Tensor:
-    f = check_stochastic(x, scale, random_bits, format, saturation)
-    out = torch.empty_like(x, dtype=torch.uint8)
-    if launch("project_kernel", out, scale, [x, random_bits], f, saturation, "stochastic"):
-        return out
-    return out.copy_(aten.encode_stochastic(x, scale, random_bits, format, saturation))
+    return out.copy_(aten.encode(x, scale, format, saturation, rounding, random_bits))
 
 
 def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -191,5 +183,7 @@ def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None 
     return out.copy_(aten.decode(codes, scale, format, dtype))
 
 
-for _kernel in (quantize, quantize_stochastic, encode, encode_stochastic, decode):
-    library.impl(_kernel.__name__, _kernel, "CUDA")
+KERNELS = with_twins({"quantize": quantize, "encode": encode, "decode": decode})
+
+for _name, _kernel in KERNELS.items():
+    library.impl(_name, _kernel, "CUDA")

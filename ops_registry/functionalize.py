@@ -16,8 +16,9 @@ from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from .aten import FORMULAS, multiply_portable, quantize, quantize_stochastic, with_layout_of_input
-from .schemas import library
+from .aten import FORMULAS, multiply_portable, quantize
+from .layout import with_layout_of_input
+from .operators import library, with_twins
 
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 
@@ -44,12 +45,9 @@ def _portable(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return decomposition
 
 
-_PORTABLE = {
-    "quantize": partial(quantize, multiply=multiply_portable),
-    "quantize_stochastic": partial(quantize_stochastic, multiply=multiply_portable),
-}
+_PORTABLE = FORMULAS | with_twins({"quantize": partial(quantize, multiply=multiply_portable)})
 
 for _name, _formula in FORMULAS.items():
     torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_formula), lib=library)
     _op = getattr(torch.ops.altgrad, _name).default
-    register_decomposition(_op)(_portable(_PORTABLE.get(_name, _formula)))
+    register_decomposition(_op)(_portable(_PORTABLE[_name]))

@@ -5,34 +5,27 @@ placements at will. With this rule the output is placed as x is, and only a Part
 first. ``torch.distributed.tensor`` is not imported for it.
 """
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
-from .schemas import OPERATORS
-
-
-def register_where_used() -> None:
-    """Registers the rules once DTensor is imported. Fakes call it: DTensor runs them before it looks for a rule."""
-    if "torch.distributed.tensor" in sys.modules:
-        _register()
+from .operators import OPERATORS
 
 
 @cache
-def _register() -> None:
+def register() -> None:
+    """Registers the rules; first_use.py calls it once DTensor is imported."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    for name in OPERATORS:
-        register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(name))
+    for name, operator in OPERATORS.items():
+        if operator.is_pointwise:
+            register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(operator.tensors))
 
 
-def _rule(name: str) -> Callable[..., Any]:
+def _rule(tensors: int) -> Callable[..., Any]:
     from torch.distributed.tensor import Replicate, Shard
-
-    tensors = 3 if name.endswith("_stochastic") else 2
 
     def placements(*args: Any) -> list[tuple[list[Any], list[Any]]]:
         """The choices for one dimension of the mesh, each (output, arguments): replicated, or split as an input is."""

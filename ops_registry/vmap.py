@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schemas import OPERATORS, library
+from .operators import OPERATORS, library
 
 
-def _batched(name: str) -> Callable[..., tuple[Tensor, int]]:
+def _batched(name: str, tensors: int) -> Callable[..., tuple[Tensor, int]]:
     op = getattr(torch.ops.altgrad, name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, int]:
@@ -21,12 +21,12 @@ def _batched(name: str) -> Callable[..., tuple[Tensor, int]]:
             # Behind the batch dimension scale broadcasts from the right, as it did without it.
             scale = scale.movedim(in_dims[1], 0)
             scale = scale.reshape(scale.shape[0], *[1] * (x.ndim - scale.ndim), *scale.shape[1:])
-        if name.endswith("_stochastic"):
-            args = stack(args[0], in_dims[2]), *args[1:]
-        return op(x, scale, *args), 0
+        others = [stack(tensor, dim) for tensor, dim in zip(args[: tensors - 2], in_dims[2:], strict=False)]
+        return op(x, scale, *others, *args[tensors - 2 :]), 0
 
     return rule
 
 
-for _name in OPERATORS:
-    torch.library.register_vmap(f"altgrad::{_name}", _batched(_name), lib=library)
+for _name, _operator in OPERATORS.items():
+    if _operator.is_pointwise:
+        torch.library.register_vmap(f"altgrad::{_name}", _batched(_name, _operator.tensors), lib=library)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import assert_same_bits
+from samples import POINTWISE, SAMPLES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 from altgrad.quantization import dequantize, quantize
+from ops_registry.operators import OPERATORS
 
 DEVICE = sys.argv[2] if len(sys.argv) > 2 else "cpu"
 PLACEMENTS = [Replicate(), Shard(0), Shard(1)]
@@ -49,15 +51,18 @@ def random_bits(shape):
     return torch.randint(1 << 24, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.int32)
 
 
-OPERATORS = {
-    "quantize": lambda x, scale, bits: ag.quantize(x, scale, "E3M4"),
-    "quantize_stochastic": lambda x, scale, bits: ag.quantize_stochastic(x, scale, bits, "E5M2"),
-    "encode": lambda x, scale, bits: ag.encode(x, scale, "E4M3"),
-    "encode_stochastic": lambda x, scale, bits: ag.encode_stochastic(x, scale, bits, "E3M4"),
-    "decode": lambda x, scale, bits: ag.decode(bits.to(torch.uint8), scale, "E4M3"),
-    "decode_float16": lambda x, scale, bits: ag.decode(bits.to(torch.uint8), scale, "E4M3", torch.float16),
-    "dequantize": lambda x, scale, bits: ag.dequantize(x, scale),
-}
+def operator(name):
+    """The operator as a function of x, scale and random bits, which are the codes of decode."""
+    _, _, *others = SAMPLES[name](torch.empty(0), torch.tensor(1.0))
+    if name == "decode":
+        return lambda x, scale, bits: ag.decode(bits.to(torch.uint8), scale, *others)
+    if OPERATORS[name].tensors == 3:
+        return lambda x, scale, bits: getattr(ag, name)(x, scale, bits, *others[1:])
+    return lambda x, scale, bits: getattr(ag, name)(x, scale, *others)
+
+
+CALLS = {name: operator(name) for name in POINTWISE}
+CALLS["decode_float16"] = lambda x, scale, bits: ag.decode(bits.to(torch.uint8), scale, "E4M3", torch.float16)
 
 
 def like(placements, x, scale):
@@ -95,7 +100,7 @@ def values_and_gradients(size):
     scales = [(), (10,), (7, 1), (7, 10)]
     for mesh in meshes(size):
         for placements in itertools.product(PLACEMENTS, repeat=mesh.ndim):
-            for i, operator in enumerate(OPERATORS.values()):
+            for i, operator in enumerate(CALLS.values()):
                 for j, shape in enumerate(scales):
                     if mesh.ndim > 1 and i % len(scales) != j and shape:
                         continue  # every operator with a scalar and one more scale
@@ -118,9 +123,9 @@ def partial_is_reduced_first(size):
     for mesh in meshes(size):
         x = DTensor.from_local(parts[dist.get_rank()], mesh, [Partial()] * mesh.ndim)
         for name in ("quantize", "encode", "dequantize", "quantize_stochastic"):
-            got = OPERATORS[name](x, scale, distribute_tensor(bits, mesh, [Replicate()] * mesh.ndim))
+            got = CALLS[name](x, scale, distribute_tensor(bits, mesh, [Replicate()] * mesh.ndim))
             assert got.placements == (Replicate(),) * mesh.ndim
-            assert_same_bits(got.full_tensor(), OPERATORS[name](total, scale, bits))
+            assert_same_bits(got.full_tensor(), CALLS[name](total, scale, bits))
 
 
 @case

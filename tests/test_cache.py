@@ -7,9 +7,9 @@ import sys
 PROCESS = """
 import sys
 import torch
-import ops_registry.aten, ops_registry.fake, ops_registry.functionalize
+import ops_registry.aten, ops_registry.first_use, ops_registry.functionalize
 revision, offset = sys.argv[1], float(sys.argv[2])
-ops_registry.fake.NUMERICS_REVISION = revision
+ops_registry.first_use.NUMERICS_REVISION = revision
 project = ops_registry.aten.project
 ops_registry.aten.project = lambda *args: project(*args) + offset  # a release that computes something else
 from torch._dynamo.utils import counters

@@ -26,11 +26,13 @@ from conftest import (
     reference_encode,
     reference_quantize,
 )
+from samples import SAMPLES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from altgrad.quantization import resolve
 from ops_registry import aten, cpu
-from ops_registry.checks import RANDOM_BITS, ROUNDINGS, SATURATIONS
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, RANDOM_BITS, SATURATIONS
+from ops_registry.operators import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = Path(cpu.__file__).parents[1]  # the checkout, or where it was installed to
@@ -86,7 +88,7 @@ def test_roundings(kernels, f):
         # Each of the modes meets each kind of scale in some format and dtype.
         scales = [torch.tensor(1.0), torch.tensor(0.37, dtype=torch.float64), torch.rand(x.shape, generator=generator)]
         for i, saturation in enumerate(SATURATIONS):
-            for j, rounding in enumerate(ROUNDINGS):
+            for j, rounding in enumerate(DETERMINISTIC_ROUNDINGS):
                 s = scales[(i + j + f.max_code) % 3]
                 want = reference_quantize(f, x, s, saturation, rounding)
                 assert_same_bits(kernels.quantize(x, s, f.name, saturation, rounding), want, x)
@@ -97,9 +99,9 @@ def test_roundings(kernels, f):
                 bits = random_bits_like(x, bits_dtype, generator)
                 given = saturation, "stochastic", (bits & ((1 << n) - 1)).numpy(), n
                 want = reference_quantize(f, x, s, *given)
-                assert_same_bits(kernels.quantize_stochastic(x, s, bits, f.name, saturation), want, x)
+                assert_same_bits(kernels.quantize(x, s, f.name, saturation, "stochastic", bits), want, x)
                 want = reference_encode(f, x, s, *given)
-                assert_same_bits(kernels.encode_stochastic(x, s, bits, f.name, saturation), want, x)
+                assert_same_bits(kernels.encode(x, s, f.name, saturation, "stochastic", bits), want, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -227,19 +229,14 @@ def random_view(rng, shape):
 
 
 def check_call(x, scale, bits):
-    codes = (torch.arange(x.numel()) % 256).to(torch.uint8).view(x.shape)
-    codes = torch.empty_like(x, dtype=torch.uint8).copy_(codes)
-    for name, args in (
-        ("quantize", (x, scale, "E4M3")),
-        ("encode", (x, scale, "E4M3")),
-        ("decode", (codes, scale, "E4M3", x.dtype)),
-        ("dequantize", (x, scale)),
-        ("quantize_stochastic", (x, scale, bits, "E4M3")),
-        ("encode_stochastic", (x, scale, bits, "E4M3")),
-    ):
-        got, first = getattr(cpu, name)(*args), args[0]
+    """Every kernel against its aten formula, bits and strides; random bits of a layout of their own."""
+    for name, kernel in cpu.KERNELS.items():
+        first, *others = SAMPLES[name](x, scale)
+        if OPERATORS[name].tensors == 3:
+            others[1] = bits
+        got = kernel(first, *others)
         assert got.stride() == torch.empty_like(first).stride()
-        assert_same_bits(got, aten.FORMULAS[name](*args), first)
+        assert_same_bits(got, aten.FORMULAS[name](first, *others), first)
 
 
 @needs_library

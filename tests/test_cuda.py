@@ -20,10 +20,12 @@ from conftest import (
     reference_encode,
     reference_quantize,
 )
+from samples import SAMPLES
 
 from altgrad.quantization import E4M3, E5M2, E7M0, resolve
 from ops_registry import aten, cuda
-from ops_registry.checks import ROUNDINGS, SATURATIONS
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
+from ops_registry.operators import OPERATORS
 
 try:
     import triton
@@ -85,7 +87,7 @@ def test_interpreter():
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
 def test_interpreted_rounding(f):
     ties = near_ties(f)
-    for rounding in ROUNDINGS:
+    for rounding in DETERMINISTIC_ROUNDINGS:
         for saturation in SATURATIONS if f.name in SCALED else SATURATIONS[:1]:
             for scale in map(torch.tensor, (1.0, 0.37) if f.name in SCALED else (1.0,)):
                 x, modes = ties * scale, (saturation, rounding)  # quotients at a tie or next to it
@@ -182,7 +184,7 @@ def test_quotients():
 def test_interpreted_dtypes_and_random_bits(f):
     x = near_ties(f, torch.float64)
     one = torch.tensor(1.0)
-    for rounding in ROUNDINGS:
+    for rounding in DETERMINISTIC_ROUNDINGS:
         assert_same_bits(
             cuda.quantize(x, one, f.name, "none", rounding), reference_quantize(f, x, one, "none", rounding)
         )
@@ -197,10 +199,9 @@ def test_interpreted_dtypes_and_random_bits(f):
     x = near_ties(f)
     for dtype in (torch.uint8, torch.int32):
         bits = torch.randint(0, 256 if dtype == torch.uint8 else 1 << 24, x.shape, dtype=dtype)
-        want = aten.quantize_stochastic(x, one, bits, f.name)
-        assert_same_bits(cuda.quantize_stochastic(x, one, bits, f.name), want, x)
-        want = aten.encode_stochastic(x, one, bits, f.name)
-        assert_same_bits(cuda.encode_stochastic(x, one, bits, f.name), want, x)
+        for name in ("quantize_stochastic", "encode_stochastic"):
+            arguments = x, one, bits, f.name
+            assert_same_bits(cuda.KERNELS[name](*arguments), aten.FORMULAS[name](*arguments), x)
 
 
 def _layouts():
@@ -243,16 +244,12 @@ def _layouts():
 
 def check_layout(x, scale, random_bits, device):
     """The kernels for x on device against the aten formulas on the CPU, bits and strides."""
-    codes = (x.abs() * 10).to(torch.uint8)
-    for name, first, *arguments in (
-        ("quantize", x, "E4M3"),
-        ("encode", x, "E4M3"),
-        ("quantize_stochastic", x, random_bits, "E4M3"),
-        ("decode", codes, "E4M3"),
-    ):
-        moved = [_move(t, device) if isinstance(t, torch.Tensor) else t for t in (first, scale, *arguments)]
-        got = getattr(cuda, name)(*moved)
-        want = aten.with_layout_of_input(aten.FORMULAS[name])(first, scale, *arguments)
+    for name, kernel in cuda.KERNELS.items():
+        arguments = list(SAMPLES[name](x, scale))
+        if OPERATORS[name].tensors == 3:
+            arguments[2] = random_bits
+        got = kernel(*(_move(t, device) if isinstance(t, torch.Tensor) else t for t in arguments))
+        want = aten.with_layout_of_input(aten.FORMULAS[name])(*arguments)
         assert got.stride() == want.stride()
         assert_same_bits(got, want)
 
@@ -282,7 +279,7 @@ def test_layouts(layout):
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
 def test_near_ties(f):
     ties = near_ties(f)
-    for rounding in ROUNDINGS:
+    for rounding in DETERMINISTIC_ROUNDINGS:
         for saturation in SATURATIONS if f in EDGES else SATURATIONS[:1]:
             for scale in map(torch.tensor, (1.0, 0.37) if f.name in SCALED else (1.0,)):
                 x, arguments = ties * scale, (saturation, rounding)
@@ -318,7 +315,7 @@ def test_random_bits(f):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", DETERMINISTIC_ROUNDINGS)
 @pytest.mark.parametrize("scale", [6.0, 0.37, 3.141592653589793 / 1000, 2.0**-9, 1e-42])
 def test_compiled(rounding, scale):
     """Inductor's kernel against Triton's, on every exponent; 3 * 2^-149 / 6 is a tie of subnormals."""
@@ -455,15 +452,11 @@ def test_fusion_leaves_no_opaque_call():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     x = torch.randn(12, 16, device="cuda").to(dtype)
-    codes, bits = (
-        torch.zeros(12, 16, dtype=torch.uint8, device="cuda"),
-        torch.zeros(12, 16, dtype=torch.int32, device="cuda"),
-    )
     for scale in (torch.rand((), device="cuda") + 0.5, torch.rand(12, 1, device="cuda") + 0.5, torch.tensor(0.5)):
+        for name in cuda.KERNELS:
+            torch.library.opcheck(getattr(altgrad, name).default, SAMPLES[name](x, scale))
         torch.library.opcheck(altgrad.quantize.default, (x.clone().requires_grad_(), scale, "E4M3"))
-        torch.library.opcheck(altgrad.quantize_stochastic.default, (x, scale, bits, "E4M3"))
         torch.library.opcheck(altgrad.encode.default, (x.t().contiguous().t(), scale, "E4M3"))
-        torch.library.opcheck(altgrad.decode.default, (codes, scale, "E4M3", dtype))
 
 
 @pytest.mark.gpu

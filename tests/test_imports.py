@@ -15,8 +15,8 @@ def run(code):
 def test_ops_registry_alone_registers_everything():
     run(
         "import sys, torch, ops_registry\n"
-        "assert len(ops_registry.schemas.OPERATORS) == 8\n"
-        "for name in ops_registry.schemas.OPERATORS: getattr(torch.ops.altgrad, name).default\n"
+        "assert len(ops_registry.operators.OPERATORS) == 8\n"
+        "for name in ops_registry.operators.OPERATORS: getattr(torch.ops.altgrad, name).default\n"
         "assert not {'altgrad', 'triton', 'torch._inductor', 'torch._dynamo'} & set(sys.modules)"
     )
 
@@ -41,6 +41,9 @@ def test_formats_need_the_standard_library_alone():
     )
 
 
-@pytest.mark.parametrize("module", ["schemas", "checks", "aten", "autograd", "fake", "functionalize", "vmap"])
+@pytest.mark.parametrize(
+    "module",
+    ["operators", "checks", "modes", "arithmetic", "aten", "autograd", "first_use", "fake", "functionalize", "vmap"],
+)
 def test_every_module_imports_first(module):
     run(f"import ops_registry.{module}")

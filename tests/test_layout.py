@@ -1,10 +1,12 @@
 """The output is laid out as torch.empty_like(x): eager, fake and compiled, also where opcheck cannot look."""
 
+import functools
 import random
 
 import pytest
 import torch
 from conftest import assert_same_bits
+from samples import POINTWISE, SAMPLES
 from torch._subclasses import FakeTensorMode
 
 ag = torch.ops.altgrad
@@ -27,17 +29,8 @@ def random_layout(rng):
 
 
 def calls(x, scale):
-    codes = torch.empty_strided(x.shape, x.stride(), dtype=torch.uint8, device=x.device)
-    codes.as_strided((codes.untyped_storage().nbytes(),), (1,)).fill_(60)
-    bits = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
-    return [
-        (x, lambda: ag.quantize(x, scale, "E5M2")),
-        (x, lambda: ag.encode(x, scale, "E5M2")),
-        (codes, lambda: ag.decode(codes, scale, "E5M2")),
-        (x, lambda: ag.dequantize(x, scale)),
-        (x, lambda: ag.quantize_stochastic(x, scale, bits, "E5M2")),
-        (x, lambda: ag.encode_stochastic(x, scale, bits, "E5M2")),
-    ]
+    arguments = {name: SAMPLES[name](x, scale) for name in POINTWISE}
+    return [(args[0], functools.partial(getattr(ag, name), *args)) for name, args in arguments.items()]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -1,11 +1,13 @@
 """torch.func, forward mode, nesting, nested tensors, and the modes and devices that an operator meets in the wild."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from conftest import assert_same_bits
+from samples import POINTWISE, SAMPLES
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -46,23 +48,15 @@ def test_vmap_of_every_operator(x_shape, scale_shape, in_dims, compiled):
     if compiled:
         torch._dynamo.reset()
     x, scale = torch.randn(x_shape), torch.rand(scale_shape) + 0.1
-    codes = torch.randint(256, x_shape, dtype=torch.uint8)
-    random = torch.randint(1 << 24, x_shape, dtype=torch.int32)
-    calls = [
-        (lambda x, s: ag.quantize(x, s, "E4M3", "none", "toward_zero"), x),
-        (lambda x, s: ag.encode(x, s, "E5M2"), x),
-        (lambda c, s: ag.decode(c, s, "E4M3", torch.float16), codes),
-        (lambda x, s: ag.dequantize(x, s), x),
-    ]
-    for f, first in calls[:1] if compiled else calls:
-        batched = vmap(f, in_dims)
+    for name in ["quantize"] if compiled else POINTWISE:
+        op, arguments = getattr(ag, name), SAMPLES[name](x, scale)
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        f = functools.partial(lambda op, options, *tensors: op(*tensors, *options), op, arguments[len(tensors) :])
+        dims = (*in_dims, in_dims[0])[: len(tensors)]
+        batched = vmap(f, dims)
         if compiled:
             batched = torch.compile(batched, fullgraph=True)
-        assert_same_bits(batched(first, scale), one_by_one(f, in_dims, first, scale))
-    if not compiled:
-        f = lambda x, s, r: ag.quantize_stochastic(x, s, r, "E4M3")  # noqa: E731
-        dims = (*in_dims, in_dims[0])
-        assert_same_bits(vmap(f, dims)(x, scale, random), one_by_one(f, dims, x, scale, random))
+        assert_same_bits(batched(*tensors), one_by_one(f, dims, *tensors))
 
 
 def test_nested_vmap():
@@ -231,7 +225,9 @@ def test_meta_device():
     x = torch.randn(2, 3, device="meta").t()
     y = quantize(x, E5M2, 0.5)
     assert (y.device.type, y.shape, y.stride(), y.dtype) == ("meta", (3, 2), (1, 3), torch.float32)
-    for name in ("quantize", "encode", "decode", "dequantize", "quantize_stochastic", "encode_stochastic"):
+    for name, sample in SAMPLES.items():
+        outputs = getattr(ag, name)(*sample(x, torch.empty((), device="meta")))
+        assert outputs.is_meta and outputs.shape == x.shape
         for key in ("Meta", "XPU", "MPS", "HPU", "PrivateUse1"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"altgrad::{name}", key)
 

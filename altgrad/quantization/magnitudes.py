@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ops_registry import cpu
-from ops_registry.aten import compute_dtype
+from ops_registry.arithmetic import compute_dtype
 
 
 def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops_registry.aten import compute_dtype
-from ops_registry.autograd import SERVES_TRANSFORMS, transforms_are_active
-from ops_registry.checks import RANDOM_BITS
+from ops_registry.arithmetic import compute_dtype
+from ops_registry.autograd import RULES, entry
+from ops_registry.modes import RANDOM_BITS
 
 from .formats import FP8Format
 
-_altgrad = torch.ops.altgrad
+_OPERATORS = {name: entry(name) for name in RULES}
 
 
 def quantize(
@@ -61,11 +61,7 @@ def quantize(
         >>> quantize(torch.tensor([0.3, 1.03125, 100.0]), E3M4)
         tensor([ 0.2969,  1.0000, 31.0000])
     """
-    name, scale = _format_name(format), _as_tensor(scale, x.dtype, x.device)
-    random_bits = _random_bits(x, rounding, random_bits, generator)
-    if not SERVES_TRANSFORMS and transforms_are_active():
-        return QuantizeFunc.apply(x, name, scale, saturation, rounding, random_bits)  # type: ignore[no-untyped-call]
-    return _quantize(x, scale, name, saturation, rounding, random_bits)
+    return _project("quantize", x, format, scale, saturation, rounding, random_bits, generator)
 
 
 def quantize_gradient(
@@ -97,13 +93,7 @@ def quantize_gradient(
         >>> y, x.grad
         (tensor([1.1000], grad_fn=<QuantizeGradientBackward>), tensor([1.]))
     """
-    name, scale = _format_name(format), _as_tensor(scale, x.dtype, x.device)
-    random_bits = _random_bits(x, rounding, random_bits, generator)
-    if not SERVES_TRANSFORMS and transforms_are_active():
-        raise RuntimeError("quantize_gradient does not work under torch.func or forward-mode AD with this torch")
-    if random_bits is None:
-        return _altgrad.quantize_gradient(x, scale, name, saturation, rounding)
-    return _altgrad.quantize_gradient_stochastic(x, scale, random_bits, name, saturation)
+    return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
 
 
 def encode(
@@ -130,11 +120,7 @@ def encode(
         >>> encode(torch.tensor([1.0, -1.0, 0.0]), E5M2)
         tensor([ 60, 188,   0], dtype=torch.uint8)
     """
-    name, scale = _format_name(format), _as_tensor(scale, x.dtype, x.device)
-    random_bits = _random_bits(x, rounding, random_bits, generator)
-    if random_bits is None:
-        return _altgrad.encode(x, scale, name, saturation, rounding)
-    return _altgrad.encode_stochastic(x, scale, random_bits, name, saturation)
+    return _project("encode", x, format, scale, saturation, rounding, random_bits, generator)
 
 
 def decode(
@@ -163,7 +149,7 @@ def decode(
         >>> decode(torch.tensor([60, 188, 123], dtype=torch.uint8), E5M2, 0.5)
         tensor([ 5.0000e-01, -5.0000e-01,  2.8672e+04])
     """
-    return _altgrad.decode(codes, _as_tensor(scale, dtype, codes.device), _format_name(format), dtype)
+    return _OPERATORS["decode"](codes, _as_tensor(scale, dtype, codes.device), _format_name(format), dtype)
 
 
 def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -187,17 +173,13 @@ def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
         >>> dequantize(torch.tensor([1.0, -3.0]), 0.5)
         tensor([ 0.5000, -1.5000])
     """
-    scale = _as_tensor(scale, x.dtype, x.device)
-    if not SERVES_TRANSFORMS and transforms_are_active():
-        return DequantizeFunc.apply(x, scale)  # type: ignore[no-untyped-call]
-    return _altgrad.dequantize(x, scale)
+    return _OPERATORS["dequantize"](x, _as_tensor(scale, x.dtype, x.device))
 
 
 class QuantizeFunc(torch.autograd.Function):
     """:func:`quantize` as a Function: ``QuantizeFunc.apply(x, format, scale)``.
 
-    For code that composes Functions. It has the forward-mode and batching rules that an operator cannot carry, and
-    :func:`quantize` takes it under ``torch.func`` and forward-mode AD.
+    For code that composes Functions, with their forward-mode and batching rules.
 
     Example:
         >>> import torch
@@ -217,7 +199,7 @@ class QuantizeFunc(torch.autograd.Function):
         rounding: str = "nearest_ties_to_even",
         random_bits: Tensor | None = None,
     ) -> Tensor:
-        return _quantize(x, scale, _format_name(format), saturation, rounding, random_bits)
+        return _project("quantize", x, format, scale, saturation, rounding, random_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -246,7 +228,7 @@ class DequantizeFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor) -> Tensor:
-        return _altgrad.dequantize(x, scale)
+        return dequantize(x, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -262,12 +244,22 @@ class DequantizeFunc(torch.autograd.Function):
         return dequantize(x, *ctx.saved_tensors)
 
 
-def _quantize(
-    x: Tensor, scale: Tensor, format: str, saturation: str, rounding: str, random_bits: Tensor | None
+def _project(
+    name: str,
+    x: Tensor,
+    format: FP8Format | str,
+    scale: Tensor | float,
+    saturation: str,
+    rounding: str,
+    random_bits: Tensor | None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
+    """Calls an operator that projects x, or its stochastic twin."""
+    scale = _as_tensor(scale, x.dtype, x.device)
+    random_bits = _random_bits(x, rounding, random_bits, generator)
     if random_bits is None:
-        return _altgrad.quantize(x, scale, format, saturation, rounding)
-    return _altgrad.quantize_stochastic(x, scale, random_bits, format, saturation)
+        return _OPERATORS[name](x, scale, _format_name(format), saturation, rounding)
+    return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, _format_name(format), saturation)
 
 
 def _random_bits(

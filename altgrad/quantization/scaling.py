@@ -7,7 +7,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ops_registry.aten import divide
+from ops_registry.arithmetic import divide
 from ops_registry.checks import FLOAT_DTYPES
 
 from .formats import FP8Format, resolve

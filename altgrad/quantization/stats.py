@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops_registry.aten import divide
+from ops_registry.arithmetic import divide
 
 from .formats import FP8Format
 from .ops import encode, quantize

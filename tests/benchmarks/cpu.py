@@ -26,7 +26,7 @@ from conftest import near_ties  # noqa: E402
 
 from altgrad.quantization import E4M3, FORMAT_REGISTRY, decode, encode, quantize  # noqa: E402
 from ops_registry import cpu  # noqa: E402
-from ops_registry.checks import ROUNDINGS  # noqa: E402
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = {"64": 64, "64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
@@ -149,7 +149,7 @@ def readable(seconds: float) -> str:
 def rounding_calls(x: torch.Tensor, scale: torch.Tensor) -> dict[str, tuple[Calls, float | str]]:
     """The groups of :func:`ratio_calls` for the roundings that are not the default."""
     calls: Calls = {"ties to even": lambda: quantize(x, E4M3, scale)}
-    for rounding in ROUNDINGS[1:]:
+    for rounding in DETERMINISTIC_ROUNDINGS[1:]:
         calls[rounding] = lambda rounding=rounding: quantize(x, E4M3, scale, rounding=rounding)
     for dtype in (torch.uint8, torch.int32):
         name = f"stochastic with {str(dtype).removeprefix('torch.')} bits"

@@ -26,11 +26,11 @@ import reference  # noqa: E402
 from altgrad.quantization import FORMAT_REGISTRY  # noqa: E402
 from ops_registry import aten  # noqa: E402
 from ops_registry import cpu as c_kernels  # noqa: E402
-from ops_registry.checks import ROUNDINGS  # noqa: E402
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS  # noqa: E402
 
 altgrad = torch.ops.altgrad
 FORMATS = [f for f in FORMAT_REGISTRY.values() if f.bits == 8 and f.name != "E5M2FNUZ"]
-NEAREST = ROUNDINGS[0]
+NEAREST = DETERMINISTIC_ROUNDINGS[0]
 CHUNK = 1 << 28
 N = 1 << 27
 failures: list[str] = []
@@ -109,7 +109,7 @@ def exhaustive() -> None:
 def exhaustive_in_other_modes() -> None:
     """All 2^32 inputs at scale 1: Triton == the definition == Inductor."""
     one = torch.ones((), device="cuda")
-    for rounding in ROUNDINGS[1:]:
+    for rounding in DETERMINISTIC_ROUNDINGS[1:]:
         wrong = {"definition": 0, "compiled": 0}
         for f in FORMATS:
             compiled = torch.compile(lambda x: altgrad.quantize(x, one, f.name, "propagate", rounding))  # noqa: B023
@@ -190,7 +190,7 @@ def fusion() -> None:
     plain, fused = torch.compile(silu), torch.compile(lambda x: silu(altgrad.quantize(x, scale, "E4M3")))
     ratio = statistics.median(milliseconds(lambda: fused(x)) / milliseconds(lambda: plain(x)) for _ in range(5))
     report("compiled silu(quantize(x)), float32, 2^27", f"{ratio:.3f} of silu(x)", "<= 1.02", ratio <= 1.02)
-    for rounding in ROUNDINGS[1:]:
+    for rounding in DETERMINISTIC_ROUNDINGS[1:]:
         other = torch.compile(lambda x: silu(altgrad.quantize(x, scale, "E4M3", "propagate", rounding)))  # noqa: B023
         ratio = statistics.median(milliseconds(lambda: other(x)) / milliseconds(lambda: plain(x)) for _ in range(3))  # noqa: B023
         rows.append((f"the same, {rounding}", f"{ratio:.3f} of silu(x)", ""))
@@ -203,7 +203,7 @@ def modes() -> None:
     x, scale = torch.randn(N, device="cuda"), torch.tensor(0.37, device="cuda")
     int32, uint8 = (torch.randint(0, 256, (N,), dtype=dtype, device="cuda") for dtype in (torch.int32, torch.uint8))
     nearest = milliseconds(lambda: altgrad.quantize(x, scale, "E4M3"))
-    for rounding in ROUNDINGS[1:]:
+    for rounding in DETERMINISTIC_ROUNDINGS[1:]:
         ratio = milliseconds(lambda: altgrad.quantize(x, scale, "E4M3", "propagate", rounding)) / nearest  # noqa: B023
         report(f"quantize, {rounding}", f"{ratio:.3f} of ties to even", "<= 1.15", ratio <= 1.15)
     for name, bits in (("uint8", uint8), ("int32", int32)):

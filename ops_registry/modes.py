@@ -1,0 +1,17 @@
+"""The modes of a projection: how it saturates, how it rounds, and how many random bits stochastic rounding takes."""
+
+import torch
+
+SATURATIONS = ("propagate", "finite", "none")
+DETERMINISTIC_ROUNDINGS = (
+    "nearest_ties_to_even",
+    "nearest_ties_to_away",
+    "toward_zero",
+    "toward_positive",
+    "toward_negative",
+    "to_odd",
+)
+ROUNDINGS = (*DETERMINISTIC_ROUNDINGS, "stochastic")
+# dtype of random_bits -> N, how many of its low bits are the random number. 24 bits reach every distance between two
+# values of a format that a float32 normal can have, so stochastic rounding of those is unbiased.
+RANDOM_BITS = {torch.int32: 24, torch.uint8: 8}

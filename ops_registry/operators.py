@@ -1,0 +1,86 @@
+"""The operators, one row each: schema, what it accepts, and its output; everything that follows from a row is derived.
+
+Schemas have tensors first, everything positional, and strings instead of objects. Gradients and kernels are written out
+in the files of their dispatch keys.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_decode, check_dequantize, check_quantize
+from .modes import ROUNDINGS, SATURATIONS
+
+_PROJECTION = f'str format, str saturation="{SATURATIONS[0]}"'
+_ROUNDING = f'str rounding="{ROUNDINGS[0]}"'
+_DETERMINISTIC = f"(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor"
+_STOCHASTIC = f"(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor"
+
+
+class Operator(NamedTuple):
+    """A row: the schema behind the name, a check that raises, and the output without its values, laid out like x.
+
+    Pointwise operators take an element of each tensor, the second broadcasting to the first: they batch and shard by
+    one rule each.
+    """
+
+    schema: str
+    check: Callable[..., Any]
+    output: Callable[..., Tensor]
+    is_pointwise: bool = True
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors it takes: its first arguments."""
+        return self.schema.count("Tensor ")
+
+
+def stochastic(deterministic: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function for the operator's stochastic twin, whose random bits come third and stand for the rounding."""
+
+    def twin(x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]) -> Any:
+        return deterministic(x, scale, format, saturation, "stochastic", random_bits)
+
+    return twin
+
+
+def with_twins(functions: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """The functions, and those of the stochastic operators among OPERATORS that follow from them."""
+    twins = {f"{name}_stochastic": stochastic(function) for name, function in functions.items()}
+    return functions | {name: twin for name, twin in twins.items() if name in OPERATORS}
+
+
+def _like_x(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _codes(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype or torch.float32)
+
+
+OPERATORS = {
+    "quantize": Operator(_DETERMINISTIC, check_quantize, _like_x),
+    "quantize_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
+    "encode": Operator(_DETERMINISTIC, check_quantize, _codes),
+    "encode_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _codes),
+    "quantize_gradient": Operator(_DETERMINISTIC, check_quantize, _like_x),
+    "quantize_gradient_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
+    "decode": Operator(
+        "(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor", check_decode, _values
+    ),
+    "dequantize": Operator("(Tensor x, Tensor scale) -> Tensor", check_dequantize, _like_x),
+}
+
+# The registrations live as long as this object.
+library = torch.library.Library("altgrad", "FRAGMENT")
+for _name, _operator in OPERATORS.items():
+    # pointwise lets jagged nested tensors and Inductor's fusion heuristics in; flexible_layout is true because the
+    # output's layout follows x, and saves a copy where an operator stays opaque.
+    _tags = (torch.Tag.pointwise, torch.Tag.flexible_layout) if _operator.is_pointwise else ()
+    library.define(_name + _operator.schema, tags=(torch.Tag.pt2_compliant_tag, *_tags))

@@ -1,0 +1,33 @@
+"""Arguments for every operator, once: what opcheck and the tests of layouts, transforms, devices and meshes call."""
+
+import torch
+
+from ops_registry.operators import OPERATORS
+
+
+def integers(x, dtype):
+    """Numbers from 0 to 255, laid out in memory as x is, overlaps included; on the meta device none."""
+    storage = torch.arange(x.untyped_storage().nbytes() // x.element_size(), device=x.device) * 37 % 256
+    return storage.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def codes(x):
+    return integers(x, torch.uint8)
+
+
+def random_bits(x):
+    return integers(x, torch.int32) << 16
+
+
+# name -> the arguments for a floating-point x and a scale that broadcasts to it
+SAMPLES = {
+    "quantize": lambda x, scale: (x, scale, "E4M3", "none", "toward_zero"),
+    "quantize_stochastic": lambda x, scale: (x, scale, random_bits(x), "E7M0"),
+    "encode": lambda x, scale: (x, scale, "E5M2", "none", "to_odd"),
+    "encode_stochastic": lambda x, scale: (x, scale, random_bits(x), "E0M7", "finite"),
+    "quantize_gradient": lambda x, scale: (x, scale, "E5M2"),
+    "quantize_gradient_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
+    "decode": lambda x, scale: (codes(x), scale, "E3M4", x.dtype),  # no NaN: opcheck takes it for a difference
+    "dequantize": lambda x, scale: (x, scale),
+}
+POINTWISE = [name for name, operator in OPERATORS.items() if operator.is_pointwise]
