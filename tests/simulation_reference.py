@@ -95,14 +95,12 @@ def scale_of(amax, tensor_amax, f, rule, delayed):
 
 
 def hadamard(x):
-    """x diag(signs) H / 4 along the last dimension in blocks of 16, in float32, additions in the order of stages."""
-    x = np.pad(x, [(0, 0), (0, -x.shape[1] % 16)]).reshape(x.shape[0], -1, 16) * SIGNS.astype(x.dtype)
-    for half in (8, 4, 2, 1):
-        for start in range(16):
-            if not start & half:
-                first, second = x[..., start].copy(), x[..., start + half].copy()
-                x[..., start], x[..., start + half] = first + second, first - second
-    return (x * x.dtype.type(0.25)).reshape(x.shape[0], -1)
+    """x diag(signs) H / 4 along the last dimension in blocks of 16, exact in float64, rounded to x's dtype."""
+    sylvester = np.array([[1]])
+    while len(sylvester) < 16:
+        sylvester = np.block([[sylvester, sylvester], [sylvester, -sylvester]])
+    x64 = np.pad(x, [(0, 0), (0, -x.shape[1] % 16)]).reshape(x.shape[0], -1, 16).astype(np.float64)
+    return (x64 * SIGNS @ sylvester / 4).reshape(x.shape[0], -1).astype(x.dtype)
 
 
 def multiply(left, right, product, state, numbers, forward=None):

@@ -30,10 +30,13 @@ SHAPES = [((37,), 70, 45), ((2, 3, 5), 33, 17), ((64,), 128, 128), ((1,), 1, 1)]
 
 
 def tensors(shape, k, n, dtype, seed=0):
-    """x, weight, bias and dy with outliers, so that scales differ."""
+    """x, weight, bias and dy with outliers, so that scales differ.
+
+    Multiples of 2^-12 below 2^8: sums of 16 of them, as in a Hadamard transform, are exact in float32 in any order.
+    """
     torch.manual_seed(seed)
     spread = [torch.randn(*size) * torch.randn(*size[:-1], 1).exp() for size in ((*shape, k), (n, k), (*shape, n))]
-    x, w, dy = (t.to(dtype) for t in spread)
+    x, w, dy = (((t.clamp(-200, 200) * 2**12).round() / 2**12).to(dtype) for t in spread)
     return x, w, torch.randn(n).to(dtype), dy
 
 

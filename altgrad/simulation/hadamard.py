@@ -4,26 +4,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ops_registry.aten import compute_dtype
+from ops_registry.arithmetic import compute_dtype
 
 SIZE = 16
 # The signs of TransformerEngine's NVFP4 recipe, get_wgrad_sign_vector.
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+# diag(signs) H / 4 with Sylvester's H, which has the parity of the common bits of row and column.
+ROWS = [[SIGNS[i] * (-1) ** (i & j).bit_count() / 4 for j in range(SIZE)] for i in range(SIZE)]
+
+_matrices: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def hadamard(x: Tensor) -> Tensor:
     """``x' = x diag(signs) H / 4`` in blocks of 16 of the last dimension, which zeros fill up; float32 (or float64).
 
-    H is Sylvester's matrix, so this is orthogonal: two operands that are transformed alike have the product that they
-    had. Four stages of sums and differences of elements 8, 4, 2 and 1 apart: an order of additions that every device
-    and compiler keeps, which a product with H does not promise.
+    The transform is orthogonal: two operands that are transformed alike have the product that they had. It is a product
+    itself, with accumulation in float32, of the exact numbers +-1/4.
     """
     missing = -x.shape[-1] % SIZE
     x = pad(x, (0, missing)) if missing else x
-    x = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, SIZE)) if x.shape[-1] else x.unsqueeze(-1)
-    x = x * torch.tensor(SIGNS, dtype=x.dtype, device=x.device)
-    for half in (8, 4, 2, 1):
-        pairs = x.unflatten(-1, (-1, 2, half))
-        first, second = pairs.unbind(-2)
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
-    return (x * 0.25).flatten(-2)
+    rows = x.reshape(-1, SIZE)
+    dtype = compute_dtype(x.dtype)
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        y = torch.mm(rows, _matrix(x.dtype, x.device), out_dtype=dtype)
+    else:
+        y = rows.to(dtype) @ _matrix(dtype, x.device)
+    return y.view(x.shape)
+
+
+def _matrix(dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return torch.tensor(ROWS, dtype=dtype, device=device)
+    if (dtype, device) not in _matrices:
+        _matrices[dtype, device] = torch.tensor(ROWS, dtype=dtype, device=device)
+    return _matrices[dtype, device]

@@ -5,13 +5,14 @@ multiplied by it in float32. What remains, at most 8 significant bits times a po
 exact in bfloat16, so that a product on bfloat16 hardware multiplies the numbers that the small format has.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ops_registry.aten import divide
+from ops_registry.arithmetic import divide
 
 from ..quantization.formats import FP8Format
 from ..quantization.granularity import PerTensor
@@ -76,14 +77,21 @@ def quantize_operand(
     view, dims = grouped(x, rule)
     scales = find_scales(view, dims, rule, f, state)
     bits = random_bits(state.seed, view.shape, view.device) if rule.is_stochastic else None
+    modes: dict[str, Any] = {"saturation": rule.saturation, "rounding": rule.rounding, "random_bits": bits}
     if scales.inner is scales.divisor and x.dtype == dtype:
-        values = quantize(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
+        values = quantize(view, f, scales.divisor, **modes)
     else:
-        codes = encode(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
-        values = decode(codes, f, dtype=dtype)
+        values = projected(view, scales.divisor, f, dtype, modes)
         if scales.inner is not None:
             values = values * scales.inner.to(dtype)
     return Operand(ungrouped(values, x, rule), scales.outer)
+
+
+def projected(x: Tensor, scale: Tensor, f: FP8Format, dtype: torch.dtype, modes: dict[str, Any]) -> Tensor:
+    """The value of x / scale in the format, not multiplied by the scale again."""
+    if f.has_nan and not torch.compiler.is_compiling():  # two passes of few bytes; NaN stays NaN
+        return decode(encode(x, f, scale, **modes), f, dtype=dtype)
+    return quantize(divide(x, scale, modes["rounding"]), f, **modes).to(dtype)  # one pass, compiled
 
 
 def operand_dtype(dtype: torch.dtype, rule: Rule | None) -> torch.dtype:
@@ -136,20 +144,44 @@ def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
     statistic = percentile(view, dims, rule.fraction) if rule.method == "percentile" else amax(view, dims)
     if rule.headroom != 1:
         statistic = statistic * rule.headroom
-    largest = view if rule.method == "percentile" else statistic
-    to_scale = _rounded_scale(largest, f, rule.power_of_two, rule.scale_format)
-    if rule.method == "mse":
-        factors = _MSE_FACTORS if rule.power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
-        divisor = _least_error(view, dims, f, factors, to_scale)
-    else:
-        divisor = to_scale(statistic)
+    if rule.scale_format is not None:
+        return _two_levels(view, dims, rule, f, statistic)
+    divisor = _scale_of(view, dims, rule, f, statistic, _rounded_scale(statistic, f, rule.power_of_two, None))
     if rule.power_of_two is not None:  # exact in the values, wherever it is constant
         return Scales(divisor, divisor, None)
-    if rule.scale_format is not None:
-        g = resolve_format(rule.scale_format)
-        outer = as_scale(PerTensor().apply(amax, largest), f.max_representable_value * g.max_representable_value)
-        outer = outer.reshape(())
-        return Scales(divisor, quantize(divide(divisor, outer), g), outer)  # the rounded scale again, exactly
     if rule.per == "tensor":
         return Scales(divisor.reshape(()), None, divisor.reshape(()))
     return Scales(divisor, None, divisor) if rule.per == "row" else Scales(divisor, divisor, None)
+
+
+def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:
+    """Scales in a format of their own under one of the tensor, which is left out of the operand."""
+    g = resolve_format(rule.scale_format or "")
+    top = f.max_representable_value
+    largest = PerTensor().apply(amax, view if rule.method == "percentile" else statistic)
+    outer = as_scale(largest, top * g.max_representable_value).reshape(())
+    smallest = g.smallest_normal or g.smallest_subnormal
+
+    def level(statistic: Tensor) -> Tensor:
+        scale = divide(statistic, statistic.new_full((), top))
+        return quantize(divide(scale, outer), g).clamp(min=smallest)
+
+    if rule.method != "mse":
+        inner = level(statistic)
+        return Scales(inner * outer, inner, outer)
+    divisor = _scale_of(view, dims, rule, f, statistic, lambda statistic: level(statistic) * outer)
+    return Scales(divisor, quantize(divide(divisor, outer), g), outer)  # the rounded scale again, exactly
+
+
+def _scale_of(
+    view: Tensor,
+    dims: tuple[int, ...],
+    rule: Rule,
+    f: FP8Format,
+    statistic: Tensor,
+    to_scale: Callable[[Tensor], Tensor],
+) -> Tensor:
+    if rule.method != "mse":
+        return to_scale(statistic)
+    factors = _MSE_FACTORS if rule.power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
+    return _least_error(view, dims, f, factors, to_scale)

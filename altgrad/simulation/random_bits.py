@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ops_registry.checks import RANDOM_BITS
+from ops_registry.modes import RANDOM_BITS
 
 _MASK = (1 << 32) - 1
 

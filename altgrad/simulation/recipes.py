@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
-from ops_registry.checks import ROUNDINGS, SATURATIONS
+from ops_registry.modes import ROUNDINGS, SATURATIONS
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.scaling import METHODS, POWER_OF_TWO_RULES
@@ -84,7 +84,7 @@ class Rule(_Data):
         for name, choices in (
             ("method", METHODS),
             ("power_of_two", (None, *POWER_OF_TWO_RULES)),
-            ("rounding", (*ROUNDINGS, "stochastic")),
+            ("rounding", ROUNDINGS),
             ("saturation", SATURATIONS),
             ("source", SOURCES),
         ):

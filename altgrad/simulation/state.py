@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ops_registry.aten import divide
+from ops_registry.arithmetic import divide
 
 from ..quantization.scaling import resolve_format
 from .products import ProductState
