@@ -1,5 +1,6 @@
 """Simulated training: the matrix products of a model in small formats, forward and backward."""
 
+from .coverage import Coverage, coverage
 from .functions import attention, conv, linear, matmul
 from .layers import register
 from .model import Simulation, disabled, restore, simulate
@@ -10,6 +11,7 @@ from .state import SimulationState, advance
 
 __all__ = [
     "RECIPES",
+    "Coverage",
     "Product",
     "ProductState",
     "Recipe",
@@ -19,6 +21,7 @@ __all__ = [
     "advance",
     "attention",
     "conv",
+    "coverage",
     "disabled",
     "linear",
     "matmul",

@@ -6,6 +6,8 @@ from torch.nn.functional import pad
 
 from ops_registry.arithmetic import compute_dtype
 
+from .watch import announce
+
 SIZE = 16
 # The signs of TransformerEngine's NVFP4 recipe, get_wgrad_sign_vector.
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -24,6 +26,7 @@ def hadamard(x: Tensor) -> Tensor:
     missing = -x.shape[-1] % SIZE
     x = pad(x, (0, missing)) if missing else x
     rows = x.reshape(-1, SIZE)
+    announce(None)
     dtype = compute_dtype(x.dtype)
     if x.is_cuda and x.dtype == torch.bfloat16:
         y = torch.mm(rows, _matrix(x.dtype, x.device), out_dtype=dtype)

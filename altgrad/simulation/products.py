@@ -1,6 +1,6 @@
 """A product whose operands are quantized, and the two products of its gradients, whose operands are too."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +9,7 @@ from torch.nn.functional import linear
 
 from .operands import Operand, State, quantize_operand
 from .recipes import Product, Recipe, Rule
-
-# Called with a product's rules at each multiplication, for coverage.
-observers: list[Callable[[Product], Any]] = []
+from .watch import announce
 
 
 class ProductState(NamedTuple):
@@ -175,8 +173,7 @@ def backward_operand(
 
 def multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """``left right^T + bias``, accumulated in float32 (float64), scaled, rounded once to dtype."""
-    for observe in observers:
-        observe(rules)
+    announce(rules.is_simulated)
     device = left.values.device.type
     if torch.is_autocast_enabled(device):  # it would round float32 operands
         with torch.autocast(device, enabled=False):
