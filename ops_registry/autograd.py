@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .operators import library
+from .operators import OPERATORS, library
 
 try:
     from torch._functorch.utils import enable_single_level_autograd_function
@@ -70,6 +70,7 @@ RULES = {
     "encode": Rule(_none, _none),
     "encode_stochastic": Rule(_none, _none),
     "decode": Rule(_none, _none),
+    "amax": Rule(_none, _none),
 }
 _NO_GRADIENTS = (None,) * 5  # for the arguments behind the first; autograd ignores the ones too many
 
@@ -116,14 +117,16 @@ def _register_kernel(name: str, rule: Rule) -> None:
     members = {f.__name__: staticmethod(f) for f in (forward, backward, jvp)}
     function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
 
-    def kernel(keyset: Any, x: Tensor, scale: Tensor, *others: Any) -> Tensor:
+    tensors = OPERATORS[name].tensors
+
+    def kernel(keyset: Any, *args: Any) -> Tensor:
         if transforms_are_active():
             modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
-                return function.apply(modes, keyset, x, scale, *others)
-        if (x.requires_grad or scale.requires_grad) and torch.is_grad_enabled():
-            return function.apply(None, keyset, x, scale, *others)
-        return below_autograd(keyset, (x, scale, *others))
+                return function.apply(modes, keyset, *args)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:tensors]):
+            return function.apply(None, keyset, *args)
+        return below_autograd(keyset, args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 

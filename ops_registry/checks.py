@@ -57,16 +57,25 @@ def check_decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype |
 
 def check_dequantize(x: Tensor, scale: Tensor) -> None:
     """Checks the arguments of dequantize."""
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must have a dtype of {_names(FLOAT_DTYPES)}, got {x.dtype}")
-    _check_strided("x", x)
+    _check_floating("x", x)
     _check_scale(scale, "x", x)
 
 
+def check_amax(x: Tensor, dims: list[int]) -> None:
+    """Checks the arguments of amax."""
+    _check_floating("x", x)
+    if not dims or sorted(set(dims)) != sorted(dims) or not 0 <= min(dims) <= max(dims) < x.ndim:
+        raise ValueError(f"dims must be different dimensions of x, from 0 to {x.ndim - 1}, got {list(dims)}")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must have a dtype of {_names(FLOAT_DTYPES)}, got {x.dtype}")
+    _check_strided(name, x)
+
+
 def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
-    if scale.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"scale must have a dtype of {_names(FLOAT_DTYPES)}, got {scale.dtype}")
-    _check_strided("scale", scale)
+    _check_floating("scale", scale)
     if scale.device != x.device and (scale.ndim > 0 or scale.device.type != "cpu"):
         raise RuntimeError(
             f"scale must be on the device of {name}, {x.device}, or a 0-d CPU tensor; "

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import transforms_are_active
-from .checks import check_decode, check_dequantize, check_quantize
+from . import aten
+from .arithmetic import compute_dtype
+from .checks import check_amax, check_decode, check_dequantize, check_quantize
 from .formats import resolve
 from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
@@ -131,24 +132,19 @@ def _run(plan: bytes, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor
     return out
 
 
-def reads(x: Tensor) -> bool:
-    """Whether :func:`amax_of_rows` may read x's memory here. It is no operator: nobody must want to see its calls."""
-    return (
-        _native is not None
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-        and not x.is_neg()
-        and not transforms_are_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def amax_of_rows(x: Tensor) -> Tensor:
-    """The largest |x| along the last of x's dimensions, NaN if one is NaN. x is what :func:`reads` accepts."""
-    out = x.new_empty(x.shape[:-1])
-    _native.altgrad_amax(x.element_size(), out.numel(), x.shape[-1], out.data_ptr(), x.data_ptr())
-    return out
+def amax(x: Tensor, dims: list[int]) -> Tensor:
+    """Rows that lie side by side by a loop over their bits, everything else as aten does."""
+    check_amax(x, dims)
+    first = x.ndim  # of the last dimensions that are all among dims
+    while first - 1 in dims:
+        first -= 1
+    if first in (0, x.ndim) or not x.is_contiguous() or x.numel() == 0:
+        return aten.amax(x, dims)
+    largest = x.new_empty([*x.shape[:first], *[1] * (x.ndim - first)])
+    size = x.shape[first:].numel()
+    _native.altgrad_amax(x.element_size(), largest.numel(), size, largest.data_ptr(), x.data_ptr())
+    others = [dim for dim in dims if dim < first]
+    return (largest.amax(others, keepdim=True) if others else largest).to(compute_dtype(x.dtype))
 
 
 def quantize(
@@ -195,7 +191,7 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     return _run(plan, torch.empty_like(x), x, scale)
 
 
-KERNELS = with_twins({"quantize": quantize, "encode": encode, "decode": decode, "dequantize": dequantize})
+KERNELS = with_twins({"quantize": quantize, "encode": encode, "decode": decode, "dequantize": dequantize, "amax": amax})
 
 if _native is not None:
     for _name, _kernel in KERNELS.items():

@@ -18,14 +18,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 
 from .aten import FORMULAS, multiply_portable, quantize
 from .layout import with_layout_of_input
-from .operators import library, with_twins
+from .operators import OPERATORS, library, with_twins
 
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 
 
-def _inlined(formula: Callable[..., Tensor]) -> Callable[..., Any]:
-    kernel = with_layout_of_input(formula)
-
+def _inlined(kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not config.decompose_custom_triton_ops:  # torch.export
             return mode.__torch_dispatch__(op, types, args, kwargs)
@@ -48,6 +46,8 @@ def _portable(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _PORTABLE = FORMULAS | with_twins({"quantize": partial(quantize, multiply=multiply_portable)})
 
 for _name, _formula in FORMULAS.items():
-    torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_formula), lib=library)
+    _is_pointwise = OPERATORS[_name].is_pointwise
+    _kernel = with_layout_of_input(_formula) if _is_pointwise else _formula
+    torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_kernel), lib=library)
     _op = getattr(torch.ops.altgrad, _name).default
-    register_decomposition(_op)(_portable(_PORTABLE[_name]))
+    register_decomposition(_op)(_portable(_PORTABLE[_name]) if _is_pointwise else _formula)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_decode, check_dequantize, check_quantize
+from .arithmetic import compute_dtype
+from .checks import check_amax, check_decode, check_dequantize, check_quantize
 from .modes import ROUNDINGS, SATURATIONS
 
 _PROJECTION = f'str format, str saturation="{SATURATIONS[0]}"'
@@ -64,6 +65,11 @@ def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None
     return torch.empty_like(codes, dtype=dtype or torch.float32)
 
 
+def _reduced(x: Tensor, dims: list[int]) -> Tensor:
+    sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
+    return x.new_empty(sizes, dtype=compute_dtype(x.dtype))
+
+
 OPERATORS = {
     "quantize": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
@@ -75,6 +81,7 @@ OPERATORS = {
         "(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor", check_decode, _values
     ),
     "dequantize": Operator("(Tensor x, Tensor scale) -> Tensor", check_dequantize, _like_x),
+    "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, is_pointwise=False),
 }
 
 # The registrations live as long as this object.

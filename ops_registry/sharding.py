@@ -22,6 +22,15 @@ def register() -> None:
     for name, operator in OPERATORS.items():
         if operator.is_pointwise:
             register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(operator.tensors))
+    register_sharding(torch.ops.altgrad.amax.default)(_placements_of_amax)
+
+
+def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:
+    """Replicated, or split as x is: along what is reduced each part has its own largest."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    splits = {p: Partial("max") if p.dim in dims else p for p in x.placements if hasattr(p, "dim")}
+    return [([Replicate()], [Replicate(), None]), *(([result], [p, None]) for p, result in splits.items())]
 
 
 def _rule(tensors: int) -> Callable[..., Any]:

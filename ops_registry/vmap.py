@@ -27,6 +27,11 @@ def _batched(name: str, tensors: int) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
+def _amax(info: Any, in_dims: tuple[int, None], x: Tensor, dims: list[int]) -> tuple[Tensor, int]:
+    return torch.ops.altgrad.amax(x.movedim(in_dims[0], 0), [dim + 1 for dim in dims]), 0
+
+
+torch.library.register_vmap("altgrad::amax", _amax, lib=library)
 for _name, _operator in OPERATORS.items():
     if _operator.is_pointwise:
         torch.library.register_vmap(f"altgrad::{_name}", _batched(_name, _operator.tensors), lib=library)

@@ -15,7 +15,7 @@ def run(code):
 def test_ops_registry_alone_registers_everything():
     run(
         "import sys, torch, ops_registry\n"
-        "assert len(ops_registry.operators.OPERATORS) == 8\n"
+        "assert len(ops_registry.operators.OPERATORS) >= 9\n"
         "for name in ops_registry.operators.OPERATORS: getattr(torch.ops.altgrad, name).default\n"
         "assert not {'altgrad', 'triton', 'torch._inductor', 'torch._dynamo'} & set(sys.modules)"
     )

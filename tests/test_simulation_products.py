@@ -191,7 +191,11 @@ class TestFunctions:
             want = linear(patches, w.flatten(1), None, recipe).view(2, 4, 4, 7).permute(0, 3, 1, 2)
             assert torch.equal(conv(x, w, None, recipe), want)
 
-    @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.randn(6, 6)}], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"is_causal": True}, {"attn_mask": torch.randn(6, 6)}],
+        ids=lambda options: "-".join(options) or "plain",
+    )
     def test_attention_in_high_precision_is_torch(self, options):
         torch.manual_seed(0)
         q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)

@@ -5,31 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from ops_registry import cpu
 from ops_registry.arithmetic import compute_dtype
 
 
 def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The largest |x| along dims, which keep the size 1, in the compute dtype; NaN if one is NaN, 0 of nothing."""
-    dtype = compute_dtype(x.dtype)
-    if x.numel() == 0:
-        return x.new_zeros([1 if dim in dims else size for dim, size in enumerate(x.shape)], dtype=dtype)
-    if x.is_cuda or torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(x, math.inf, dims, keepdim=True).to(dtype)
-    # On a CPU, where the norm's loop is slow, and writing |x| is too.
-    first = x.ndim  # of the last dimensions that are all among dims
-    while first - 1 in dims:
-        first -= 1
-    if 0 < first < x.ndim and cpu.reads(x):
-        rows = cpu.amax_of_rows(x.flatten(first))
-        others = tuple(dim for dim in dims if dim < first)
-        rows = rows.amax(others, keepdim=True) if others else rows
-        return rows.reshape(*rows.shape, *[1] * (x.ndim - first)).to(dtype)
-    if len(dims) == x.ndim:
-        least, most = (end.reshape([1] * x.ndim) for end in torch.aminmax(x))
-    else:
-        least, most = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-    return torch.maximum(most, -least).abs().to(dtype)  # abs: of -0
+    return torch.ops.altgrad.amax(x, dims)
 
 
 def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
