@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from altgrad.quantization import dequantize, quantize
+from altgrad.simulation import simulate
 from ops_registry.operators import OPERATORS
 
 DEVICE = sys.argv[2] if len(sys.argv) > 2 else "cpu"
@@ -317,6 +319,59 @@ def fsdp2_of_tensor_parallel(size):
         codes = ag.encode(weight, torch.tensor(0.5, device=DEVICE), "E2M3")
     assert (communication.get_total_counts(), codes.placements) == (0, weight.placements)
     assert_same_bits(dequantize(full(codes).float(), 1.0), ag.encode(full(weight), torch.tensor(0.5), "E2M3").float())
+
+
+def simulated_mlp(recipe):
+    """Without biases, on numbers of few bits: with mxfp4 all sums are exact, in any order."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64, bias=False)).to(DEVICE)
+    return model, simulate(model, recipe)
+
+
+def simulated_steps(model, simulation, x, steps=2):
+    for _ in range(steps):
+        model.zero_grad()
+        model(x).sum().backward()
+        simulation.step()
+
+
+@case
+def simulated_data_parallel(size):
+    """DDP and FSDP2: the gradients of one process; scales of delayed scaling agree over ranks, and with one process."""
+    x = randn(32 * size, 64).bfloat16().float()
+    part = x.chunk(size)[dist.get_rank()]
+    for recipe in ("mxfp4", "fp8_delayed"):
+        single, simulation = simulated_mlp(recipe)
+        simulated_steps(single, simulation, x)
+        scales = [state.scales for state in simulation.states.values()]
+        for wrap in (DistributedDataParallel, functools.partial(fully_shard, mesh=meshes(size)[0])):
+            model, simulation = simulated_mlp(recipe)
+            simulated_steps(wrap(model), simulation, part)
+            for got, want in zip(model.parameters(), single.parameters()):
+                if recipe == "mxfp4":
+                    assert_same_bits(full(got.grad) * size, want.grad)
+                else:
+                    assert torch.allclose(full(got.grad) * size, want.grad, rtol=1e-5, atol=1e-5)
+            for state, want in zip(simulation.states.values(), scales):
+                assert want is None or torch.equal(state.scales, want)
+
+
+@case
+def simulated_tensor_parallel(size):
+    """A split by columns and one by rows: the operands of one process, so where sums are exact its bits."""
+    x = randn(64, 64).bfloat16().float()
+    for recipe in ("mxfp4", "fp8_current", "fp8_delayed", "fp8_block"):
+        single, simulation = simulated_mlp(recipe)
+        split, of_split = simulated_mlp(recipe)
+        parallelize_module(split, meshes(size)[0], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        results = []
+        for model, steps in ((single, simulation), (split, of_split)):
+            simulated_steps(model, steps, x)
+            results.append([full(model(x)), *(full(p.grad) for p in model.parameters())])
+        for got, want in zip(results[1], results[0]):
+            if recipe == "mxfp4":
+                assert_same_bits(got, want)
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def main():

@@ -106,7 +106,7 @@ def test_layers_compute_the_functions(recipe):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.Flatten(2), nn.Linear(36, 7))
     x = torch.randn(2, 3, 6, 6)
     simulation = simulate(model, recipe, seed=5)
-    states = {name: state.of(0) for name, state in simulation.states.items()}
+    states = {name: state.of() for name, state in simulation.states.items()}
     padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
     h = conv(padded, model[0].weight, model[0].bias, recipe, state=states["0"])
     want = linear(h.flatten(2), model[2].weight, model[2].bias, recipe, state=states["2"])
@@ -215,10 +215,10 @@ def test_the_state_of_a_layer():
     state = SimulationState("nvfp4", "a", products=2)
     assert torch.equal(state.draw()[:1], draws[0]) and len(torch.cat([*draws, state.draw()[1:]]).unique()) == 24
     assert torch.equal(state.seeds, state.draw())
-    assert SimulationState("mxfp8").of(0) == (None, None, None)
+    assert SimulationState("mxfp8").of() == (None, None, None)
     delayed = SimulationState("fp8_delayed").to(torch.bfloat16)
     assert {buffer.dtype for buffer in delayed.buffers()} == {torch.float32} and not delayed.state_dict()
-    assert delayed.eval().of(0).amax is None
+    assert delayed.of(records=False).amax is None
 
 
 def test_delayed_scaling_by_hand():

@@ -173,12 +173,17 @@ def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
     if rule == "rceil":
         bits = divide(amax, amax.new_full((), max_value)).view(torch.int32)
         # The mantissa carries into the exponent, but for the subnormals up to 2^-127, the smallest scale.
-        code = torch.where(bits <= _E8M0_ZERO_BITS, 0, (bits + _MANTISSA) >> 23)
+        code = torch.where(bits <= _E8M0_ZERO_BITS, 0, _shifted(bits + _MANTISSA, -23))
     else:
         carry = {"floor": 0, "ceil": _MANTISSA, "even": _HALF_STEPS[format.mantissa_bits]}[rule]
-        code = ((amax.view(torch.int32) + carry) >> 23) - (math.frexp(max_value)[1] - 1)
-    bits = (code.clamp(max=2 * _E8M0_BIAS) << 23).clamp(min=_E8M0_ZERO_BITS)  # what a code below 1 becomes
+        code = _shifted(amax.view(torch.int32) + carry, -23) - (math.frexp(max_value)[1] - 1)
+    bits = _shifted(code.clamp(max=2 * _E8M0_BIAS), 23).clamp(min=_E8M0_ZERO_BITS)  # what a code below 1 becomes
     return torch.where(amax.isnan(), math.nan, bits.view(torch.float32))
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """bits << by, by its name, for the operators << and >> leave a DTensor as it is (torch 2.13)."""
+    return torch.bitwise_left_shift(bits, by) if by > 0 else torch.bitwise_right_shift(bits, -by)
 
 
 def _rounded_scale(

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .layers import Simulated
 from .watch import observers
 
 # aten's operators that multiply matrices, by name: mm, addmm, bmm, _scaled_mm, convolution_backward, attention and
@@ -154,7 +155,8 @@ def _is_leaf(t: Any) -> bool:
 
 @contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    states = [layer.simulation for layer in model.modules() if isinstance(layer, Simulated)]
+    before = [(buffer, buffer.clone()) for module in (model, *states) for buffer in module.buffers()]
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """Layers with simulated products: which classes of modules have a form, and how a module changes its class.
 
 A simulated module is of a class derived from its own, so parameters, keys of ``state_dict``, hooks and ``isinstance``
-stay as they are. Its state is a submodule named ``simulation``.
+stay as they are. Its state is an attribute named ``simulation``, no submodule: what walks over a model does not meet
+it.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ def _linear(weight: str, bias: str, layout: str) -> Callable[..., Tensor]:
     def forward(layer: Any, x: Tensor) -> Tensor:
         matrix, state = getattr(layer, weight), layer.simulation
         b = getattr(layer, bias, None)
-        return linear(x, matrix if layout == "NK" else matrix.mT, b, state.recipe, state=state.of(0))
+        return linear(
+            x, matrix if layout == "NK" else matrix.mT, b, state.recipe, state=state.of(records=layer.training)
+        )
 
     return forward
 
@@ -45,7 +48,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor:
         x, padding = pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
     options = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups}
     state = layer.simulation
-    return conv(x, layer.weight, layer.bias, state.recipe, state=state.of(0), **options)
+    return conv(x, layer.weight, layer.bias, state.recipe, state=state.of(records=layer.training), **options)
 
 
 # A class, or its qualified name where importing it is too much, -> its kind.
@@ -110,6 +113,14 @@ class Simulated:
 
     simulation: SimulationState
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.simulation._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()  # type: ignore[misc]
+        return f"{own}, simulation={self.simulation.extra_repr()}".removeprefix(", ")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = original_class(type(self))
         return _empty, (base,), super().__reduce_ex__(protocol)[2]
@@ -143,12 +154,12 @@ def _empty(base: type) -> Any:
 
 
 def switch(layer: nn.Module, state: SimulationState) -> None:
-    layer.add_module("simulation", state)
+    layer.__dict__["simulation"] = state
     layer.__class__ = simulated_class(type(layer))
 
 
 def switch_back(layer: Any) -> None:
-    del layer.simulation
+    del layer.__dict__["simulation"]
     layer.__class__ = original_class(type(layer))
 
 

@@ -161,13 +161,10 @@ def simulate(
             seed=seed,
             products=kind.products(layer, attention),
             device=device,
-        ).train(layer.training)
+        )
     for name, state in states.items():
         switch(layers[name][0], state)
-    for module in model.modules():
-        # Of nested tensors an encoder makes use in a fast path alone, which looks past its layers.
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            module.use_nested_tensor, module.restores_nested_tensor = False, True  # type: ignore[assignment]
+    _close_fast_paths(model)
     return Simulation(model)
 
 
@@ -194,10 +191,7 @@ def restore(model: nn.Module) -> None:
             raise ValueError(f"{name} became a {type(layer).__name__} after simulate: undo that first")
     for _, layer in layers:
         switch_back(layer)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and hasattr(module, "restores_nested_tensor"):
-            del module.restores_nested_tensor
-            module.use_nested_tensor = True
+    _open_fast_paths(model)
 
 
 @contextmanager
@@ -223,6 +217,31 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for state, enabled in zip(states, before):
             state.enabled = enabled
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    """In an evaluation torch's encoder layers look past their submodules, unless a hook is there to be called.
+
+    The encoder around them would make nested tensors then, for which there is the fast path alone.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_pre_hook(_no_op)
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            module.use_nested_tensor, module.restores_nested_tensor = False, True  # type: ignore[assignment]
+
+
+def _open_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_op]:
+            del module._forward_pre_hooks[key]
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, "restores_nested_tensor"):
+            del module.restores_nested_tensor
+            module.use_nested_tensor = True
+
+
+def _no_op(module: nn.Module, args: Any) -> None:
+    pass
 
 
 def _check_model(model: nn.Module) -> None:

@@ -67,13 +67,16 @@ def _project(layer: Any, *inputs: Tensor) -> list[Tensor]:
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
     recipe, of = layer.simulation.recipe, layer.simulation.of
-    return [linear(x, w, b, recipe, state=of(i)) for i, (x, w, b) in enumerate(zip(inputs, weights, biases))]
+    return [
+        linear(x, w, b, recipe, state=of(i, records=layer.training))
+        for i, (x, w, b) in enumerate(zip(inputs, weights, biases))
+    ]
 
 
 def _multiply(layer: Any, a: Tensor, b: Tensor, number: int) -> Tensor:
     if layer.simulation.products <= number:
         return a @ b
-    return matmul(a, b, layer.simulation.recipe, state=layer.simulation.of(number))
+    return matmul(a, b, layer.simulation.recipe, state=layer.simulation.of(number, records=layer.training))
 
 
 def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:

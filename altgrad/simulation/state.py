@@ -36,10 +36,10 @@ class SimulationState(nn.Module):
         >>> from altgrad.simulation import Recipe, Rule, SimulationState, advance, linear
         >>> state = SimulationState(Recipe("delayed x", (Rule("E4M3", history=4), None)))
         >>> x, w = torch.full((1, 2), 896.0), torch.eye(2)
-        >>> linear(x, w, None, state.recipe, state=state.of(0))  # clips: no amax was seen
+        >>> linear(x, w, None, state.recipe, state=state.of())  # clips: no amax was seen
         tensor([[448., 448.]])
         >>> advance([state])
-        >>> linear(x, w, None, state.recipe, state=state.of(0))
+        >>> linear(x, w, None, state.recipe, state=state.of())
         tensor([[896., 896.]])
     """
 
@@ -62,8 +62,6 @@ class SimulationState(nn.Module):
         self.step = 0
         self.enabled = True
         self.reset(device)
-        # A hook anywhere in an nn.TransformerEncoderLayer keeps it off the fast path that looks past its submodules.
-        self.register_forward_pre_hook(_no_op)
 
     def reset(self, device: torch.device | str | None = None) -> None:
         """Makes the buffers: no amax seen, the seeds of this step."""
@@ -88,13 +86,13 @@ class SimulationState(nn.Module):
         digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
         return torch.tensor([int.from_bytes(digest) >> 1 for digest in digests]).view(self.products, -1)
 
-    def of(self, product: int) -> ProductState:
-        """What a product needs; delayed scaling records in training mode only."""
+    def of(self, product: int = 0, *, records: bool = True) -> ProductState:
+        """What a product needs; with records, delayed scaling records its amax: in training, not in an evaluation."""
 
         def row(buffer: Tensor | None) -> Tensor | None:
             return None if buffer is None else buffer[product]
 
-        return ProductState(row(self.seeds), row(self.scales), row(self.amax) if self.training else None)
+        return ProductState(row(self.seeds), row(self.scales), row(self.amax) if records else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follows a model to another device, but to no other dtype; off the meta device nothing can be copied."""
@@ -109,10 +107,6 @@ class SimulationState(nn.Module):
 
     def extra_repr(self) -> str:
         return self.recipe.name + ("" if self.enabled else ", disabled")
-
-
-def _no_op(module: nn.Module, args: Any) -> None:
-    pass
 
 
 def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup | None" = None) -> None:
