@@ -1,0 +1,182 @@
+"""Compiled, recomputed and exported: the bits of the eager run, one graph for all steps and for all blocks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from altgrad.simulation import RECIPES, disabled, linear, simulate
+
+SEVERAL = ["fp8_current", "fp8_delayed", "mxfp8", "nvfp4"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """Two layers and between them nothing that a compiler computes otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(40, 56), nn.Linear(56, 40)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Blocks(nn.Module):
+    def __init__(self, reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def run(recipe, compiles=lambda model: None, reentrant=None, steps=3):
+    """Outputs, weights' and inputs' gradients of some steps, and the state in the end.
+
+    Not the gradients of biases: a compiler may add them up in another order.
+    """
+    model = Blocks(reentrant)
+    simulation = simulate(model, recipe, seed=1)
+    compiles(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.ndim == 2], 1e-3)
+    seen = []
+    for step in range(steps):
+        x = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        optimizer.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        optimizer.step()
+        simulation.step()
+        seen += [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.ndim == 2)]
+        seen = [t.clone() for t in seen]
+    return [*seen, *(buffer for state in simulation.states.values() for buffer in state.buffers())]
+
+
+def assert_same(got, want):
+    assert [torch.equal(a, b) for a, b in zip(got, want, strict=True)] == [True] * len(want)
+
+
+def test_the_steps_differ():
+    """Otherwise the tests below could not fail."""
+    for recipe in ("nvfp4", "fp8_delayed"):
+        want, state = run(recipe), run(recipe, lambda model: None, steps=1)
+        assert not torch.equal(want[-1], state[-1])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_checkpointed_is_eager(recipe, reentrant):
+    assert_same(run(recipe, reentrant=reentrant), run(recipe))
+
+
+@pytest.mark.parametrize("recipe", [*SEVERAL, "fp8_block", "unit_scaled_fp8"])
+def test_compiled_is_eager(recipe):
+    counter = CompileCounterWithBackend("aot_eager")
+    assert_same(run(recipe, lambda model: model.compile(fullgraph=True, backend=counter)), run(recipe))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("recipe", SEVERAL)
+def test_one_graph_for_all_blocks(recipe):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def compiles(model):
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=counter)
+
+    assert_same(run(recipe, compiles), run(recipe))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("recipe", ["fp8_delayed", "nvfp4"])
+def test_compiled_with_checkpoints_is_eager(recipe):
+    compiles = lambda model: model.compile(fullgraph=True, backend="aot_eager")  # noqa: E731
+    assert_same(run(recipe, compiles, reentrant=False), run(recipe))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("recipe", SEVERAL)
+def test_inductor_is_eager(recipe):
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(40, 56), torch.randn(20, 40, requires_grad=True)
+        simulation = simulate(layer, recipe)
+        if compiles:
+            layer.compile(fullgraph=True)
+        seen = []
+        for _ in range(2):
+            y = layer(x)
+            seen += [y.detach(), *torch.autograd.grad(y.square().sum(), (x, layer.weight))]
+            simulation.step()
+        results.append([*seen, *layer.simulation.buffers()])
+    assert_same(*results)
+
+
+def test_disabled_has_a_graph_of_its_own():
+    model, x = Blocks(), torch.randn(2, 40)
+    plain = copy.deepcopy(model)
+    simulate(model, "mxfp4")
+    counter = CompileCounterWithBackend("aot_eager")
+    eager = model(x)
+    model.compile(fullgraph=True, backend=counter)
+    for _ in range(3):
+        assert torch.equal(model(x), eager)
+        with disabled(model):
+            assert torch.equal(model(x), plain(x))
+    assert counter.frame_count == 2
+
+
+def test_sizes_do_not_recompile_without_end():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear, fullgraph=True, backend=counter)
+    w = torch.randn(48, 64)
+    for tokens in (32, 64, 96, 128):
+        x = torch.randn(tokens, 64)
+        assert torch.equal(compiled(x, w, None, "mxfp8"), linear(x, w, None, "mxfp8"))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("recipe", SEVERAL)
+def test_export_keeps_nodes(recipe):
+    model, x = Blocks(), torch.randn(5, 40)
+    simulate(model, recipe)
+    program = torch.export.export(model.eval(), (x,))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum(name.startswith("altgrad.quantize") for name in names) >= 8
+    assert torch.equal(program.module()(x), model(x))
+
+
+def test_autocast_compiled_is_eager():
+    results = []
+    for compiles in (False, True):
+        model, x = Blocks(), torch.randn(20, 40)
+        simulate(model, "mxfp8")
+        if compiles:
+            model.compile(fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.float().square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.ndim == 2)])
+    assert_same(*results)
+
+
+def test_functional_call():
+    model, x = Blocks(), torch.randn(5, 40)
+    simulate(model, "mxfp8")
+    parameters = dict(model.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(parameters)
+    model(x).square().sum().backward()
+    assert all(torch.equal(gradients[name], p.grad) for name, p in parameters.items())
