@@ -75,6 +75,9 @@ RULES = {
 _NO_GRADIENTS = (None,) * 5  # for the arguments behind the first; autograd ignores the ones too many
 
 
+_option_keys: dict[tuple[Any, ...], int] = {}
+
+
 def _save(rule: Rule, ctx: Any, inputs: tuple[Any, ...]) -> None:
     if rule.saves:
         tensors = inputs[1 : 1 + rule.saves]
@@ -114,7 +117,12 @@ def _register_kernel(name: str, rule: Rule) -> None:
     def jvp(ctx: Any, modes: None, keyset: None, tangent: Tensor, *others: None) -> Tensor | None:
         return rule.jvp(ctx, tangent)
 
-    members = {f.__name__: staticmethod(f) for f in (forward, backward, jvp)}
+    def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
+        # Of integers; options are baked into the code of a compiled backward pass.
+        options = getattr(ctx, "options", ())
+        return ctx._autograd_function_id, _option_keys.setdefault(options, len(_option_keys))
+
+    members = {f.__name__: staticmethod(f) for f in (forward, backward, jvp, _compiled_autograd_key)}
     function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
 
     tensors = OPERATORS[name].tensors

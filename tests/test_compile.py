@@ -195,3 +195,19 @@ def test_stochastic_draws_fuse(dtype):
     assert_same_bits(draws[1], draws[0], x)
     _, (code,) = run_and_get_code(f, x)
     assert len(fused_kernels(code)) == 1 and "torch.ops" not in code.split("def call")[1]
+
+
+def test_numbers_as_scales_compile_twice_at_most():
+    """Once for the first number, once for any other."""
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    f = torch.compile(lambda x, scale: quantize(x, E5M2, scale), fullgraph=True, backend=backend)
+    x = torch.randn(64)
+    for scale in (0.5, 0.37, 1.0, 3.25, 2.0**-20, 7.7, 0.1, 0.2, 0.3, 0.4):
+        assert_same_bits(f(x, scale), quantize(x, E5M2, scale), x)
+    assert len(compilations) <= 2

@@ -435,3 +435,39 @@ def test_export_keeps_the_node(dynamic):
     assert nodes.count(torch.ops.altgrad.quantize.default) == 2
     for got, want in zip(program.module()(x[:3] if dynamic else x), Model()(x[:3] if dynamic else x)):
         assert_same_bits(got, want)
+
+
+GRANULARITIES = [PerTensor(), PerAxis(0), PerAxis(1), PerBlock(32), PerBlock((1, 64))]
+
+
+@pytest.mark.parametrize("method", ["amax", "percentile"])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_sizes_that_depend_on_data(granularity, method):
+    torch._dynamo.reset()
+    x = torch.randn(64, 64)
+
+    def f(x):
+        return quantize_blocks(x[x.sum(1) > 0], E4M3, granularity=granularity, method=method)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_same_bits(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_percentile_exports_with_a_dynamic_size(granularity):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return compute_scale(x, E4M3, method="percentile", granularity=granularity)
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Model(), (torch.randn(64, 64),), dynamic_shapes=({0: batch},))
+    for rows in (7, 64, 1000):
+        x = torch.randn(rows, 64)
+        assert_same_bits(program.module()(x), Model()(x))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_jit_trace(granularity):
+    x, y = torch.randn(64, 64), torch.randn(64, 64)
+    f = lambda x: compute_scale(x, E4M3, granularity=granularity)  # noqa: E731
+    assert_same_bits(torch.jit.trace(f, (x,))(y), f(y))

@@ -12,7 +12,17 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from altgrad.quantization import E4M3, E5M2, DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize
+from altgrad.quantization import (
+    E4M3,
+    E5M2,
+    DequantizeFunc,
+    QuantizeFunc,
+    decode,
+    dequantize,
+    encode,
+    quantize,
+    quantize_gradient,
+)
 
 ag = torch.ops.altgrad
 HALF = torch.tensor(0.5)
@@ -238,3 +248,32 @@ def test_activation_checkpointing(reentrant):
     f = lambda x: (quantize(x, E5M2, 0.5) ** 2).sum()  # noqa: E731
     torch.utils.checkpoint.checkpoint(f, x, use_reentrant=reentrant).backward()
     assert_same_bits(x.grad, 2 * quantize(x, E5M2, 0.5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_compiled_activation_checkpointing(scale):
+    """Inductor drops a division by 1 and would have the input of the region computed again."""
+    torch._dynamo.reset()
+
+    def region(x, w):
+        return (quantize(x, E5M2, scale) @ (decode(encode(w, E4M3, scale), E4M3, scale) * w)).relu()
+
+    def step(f):
+        x, w = (torch.linspace(-3, 3, 64).reshape(8, 8).requires_grad_() for _ in range(2))
+        f(x, w).sum().backward()
+        return x.grad, w.grad
+
+    checkpointed = lambda x, w: torch.utils.checkpoint.checkpoint(region, x, w, use_reentrant=False)  # noqa: E731
+    for got, want in zip(step(torch.compile(checkpointed, fullgraph=True)), step(region)):
+        torch.testing.assert_close(got, want)  # the product is Inductor's
+
+
+def test_compiled_autograd():
+    """The format of a gradient is part of what a compiled backward pass is kept under."""
+    torch._dynamo.reset()
+    g = torch.linspace(0.1, 5, 8)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        for format, scale in [("E5M2", 0.5), ("E2M1", 0.5), ("E2M1", 0.25), ("E4M3", 0.5)]:
+            x = torch.randn(8, requires_grad=True)
+            (quantize(quantize_gradient(x, format, scale), E5M2) * g).sum().backward()
+            assert_same_bits(x.grad, quantize(g, format, scale))

@@ -19,24 +19,34 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     Between two order statistics it interpolates in float64, as numpy's ``quantile`` of a float64 array does.
     """
     kept = [dim for dim in range(x.ndim) if dim not in dims]
-    if x.numel() == 0:
-        return amax(x, dims)
     rows = x.permute(*kept, *dims).flatten(len(kept))
-    position = (rows.shape[-1] - 1) * fraction
-    below = math.floor(position)
-    weight = position - below
-    count = rows.shape[-1] - below
-    top = largest(rows, count)
-    low = top.topk(min(2, count), largest=False).values.double()
-    lower, upper = low[..., 0], low[..., -1]
-    if weight == 0:
-        result = lower
-    elif weight < 0.5:
-        result = lower + (upper - lower) * weight
-    else:
-        result = upper - (upper - lower) * (1 - weight)
-    result = result.masked_fill(top.amax(-1).isnan(), math.nan)
+    if _is_static(rows.shape[-1]) and rows.shape[-1] == 0:
+        return amax(x, dims)
+    lower, upper, weight = order_statistics(rows, fraction)
+    result = torch.where(weight < 0.5, lower + (upper - lower) * weight, upper - (upper - lower) * (1 - weight))
+    result = torch.where(weight == 0, lower, result)  # also where the difference is infinite
+    result = result.masked_fill(amax(rows, (rows.ndim - 1,)).squeeze(-1).isnan(), math.nan)
     return result.to(compute_dtype(x.dtype)).reshape([1 if d in dims else s for d, s in enumerate(x.shape)])
+
+
+def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The |x| of the last dimension around fraction of their order, and the weight of the upper one, in float64."""
+    n = rows.shape[-1]
+    if not _is_static(n):  # then all of the arithmetic is on tensors
+        position = (torch.full((), n, dtype=torch.float64, device=rows.device) - 1) * fraction
+        below = position.long()
+        ordered = rows.abs().sort(-1).values.double()
+        around = ordered.index_select(-1, torch.stack([below, torch.clamp(below + 1, max=n - 1)]))
+        return around[..., 0], around[..., 1], position - below
+    position = (n - 1) * fraction
+    count = n - math.floor(position)
+    low = largest(rows, count).topk(min(2, count), largest=False).values.double()
+    return low[..., 0], low[..., -1], low.new_full((), position - math.floor(position))
+
+
+def _is_static(size: int) -> bool:
+    """Whether a size is a number, not a symbol of a compiler for any number."""
+    return not torch.compiler.is_compiling() or torch.fx.experimental.symbolic_shapes.has_static_value(size)
 
 
 def largest(x: Tensor, count: int) -> Tensor:
@@ -52,5 +62,5 @@ def largest(x: Tensor, count: int) -> Tensor:
         whole = n // size * size
         groups = x[..., :whole].unflatten(-1, (-1, size))
         chosen = amax(groups, (groups.ndim - 1,)).topk(count, dim=-2, sorted=False).indices
-        x = torch.cat([groups.take_along_dim(chosen, -2).flatten(-2), x[..., whole:]], -1)
+        x = torch.cat([groups.gather(-2, chosen.expand(*chosen.shape[:-1], size)).flatten(-2), x[..., whole:]], -1)
     return x.abs().topk(count, sorted=False).values

@@ -296,5 +296,7 @@ def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.d
     limits = torch.finfo(dtype)
     if not limits.smallest_normal <= scale <= limits.max:
         raise ValueError(f"scale must be positive and finite in {dtype}, got {scale!r}")
-    # In eager a number on the CPU costs a GPU no launch; compiled it is a constant of the kernel on x's device.
-    return torch.full((), scale, dtype=dtype, device=device if torch.compiler.is_compiling() else "cpu")
+    if torch.compiler.is_compiling():
+        # A constant of the kernel on x's device. torch.full would compile the function again for every number.
+        return torch.ones((), dtype=dtype, device=device) * scale
+    return torch.full((), scale, dtype=dtype)  # on the CPU it costs a GPU no launch
