@@ -4,6 +4,7 @@ The deterministic modes and stochastic rounding with given bits are compared wit
 """
 
 import math
+from functools import partial
 
 import pytest
 import reference
@@ -11,7 +12,17 @@ import torch
 from conftest import FORMATS, NAMED, assert_same_bits, near_ties, reference_quantize
 from torch.utils.checkpoint import checkpoint
 
-from altgrad.quantization import E4M3, E5M2, decode, dequantize, encode, quantize, quantize_gradient, resolve
+from altgrad.quantization import (
+    E4M3,
+    E5M2,
+    compute_scale,
+    decode,
+    dequantize,
+    encode,
+    quantize,
+    quantize_gradient,
+    resolve,
+)
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, ROUNDINGS
 
 ag = torch.ops.altgrad
@@ -170,3 +181,29 @@ def test_directed_modes_bracket_the_value(f):
     assert ((down <= x) & (x <= up)).all()
     assert_same_bits(down, reference_quantize(f, x, ONE, "finite", "toward_negative"), x)
     assert_same_bits(ag.quantize(-x, ONE, f.name, "finite", "toward_positive").abs(), down.abs(), x)
+
+
+def test_the_scale_of_a_gradient_is_made_of_the_gradient():
+    """Gradients of 1e-30, which at scale 1 are zero in E5M2; eager, compiled and per sample, with bits and without."""
+    scale_of = partial(compute_scale, format=E5M2)
+    x, grad = torch.randn(5, 8), torch.randn(5, 8) * 1e-30
+    bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
+    for modes in ({}, {"rounding": "stochastic", "random_bits": bits}, {"saturation": "none", "rounding": "to_odd"}):
+        f = lambda x: quantize_gradient(x, E5M2, scale_of, **modes)  # noqa: B023, E731
+        want = quantize(grad, E5M2, compute_scale(grad, E5M2), **modes)
+        assert want.count_nonzero() > 30
+        for function in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            y.backward(grad)
+            assert_same_bits(y, x)
+            assert_same_bits(leaf.grad, want)
+    (first,) = torch.autograd.grad((quantize_gradient(leaf, E5M2, scale_of) ** 2).sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    assert_same_bits(second, torch.full((5, 8), 2.0))  # 1 is a value of E5M2 at the scale of ones
+    each = torch.func.vmap(torch.func.grad(lambda x, g: (quantize_gradient(x, E5M2, scale_of) * g).sum()))(x, grad)
+    assert_same_bits(each, torch.stack([quantize(g, E5M2, compute_scale(g, E5M2)) for g in grad]))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: quantize_gradient(x, E5M2, scale_of), (x,), (grad,))
+    with pytest.raises(TypeError, match="scale must be a tensor or a number"):
+        quantize_gradient(x, E5M2, "amax")

@@ -1,5 +1,6 @@
 """The operators as functions: formats as objects or names, scales as tensors or numbers, random bits drawn or given."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def quantize(
 def quantize_gradient(
     x: Tensor,
     format: FP8Format | str,
-    scale: Tensor | float = 1.0,
+    scale: Tensor | float | Callable[[Tensor], Tensor] = 1.0,
     *,
     saturation: str = "propagate",
     rounding: str = "nearest_ties_to_even",
@@ -79,20 +80,27 @@ def quantize_gradient(
     It gives gradients a format of their own, as in training with E4M3 forward and E5M2 backward. Random bits are drawn
     (or taken) in the forward pass and kept for the backward pass: four bytes an element, one with given uint8
     ``random_bits``. The gradient of the gradient is straight-through; forward-mode tangents pass unchanged. In eager
-    the output is a copy of x; compiled there is none. Arguments and errors are those of :func:`quantize`.
+    the output is a copy of x; compiled there is none. Arguments and errors are those of :func:`quantize`; scale may
+    also be a function, which gets the incoming gradient and gives its scale (not in forward mode, which raises).
 
     Returns:
         A tensor of x's values, shape and dtype, laid out as ``torch.empty_like(x)``.
 
     Example:
         >>> import torch
-        >>> from altgrad.quantization import quantize_gradient, E5M2
+        >>> from altgrad.quantization import E5M2, compute_scale, quantize_gradient
         >>> x = torch.tensor([1.1], requires_grad=True)
         >>> y = quantize_gradient(x, E5M2)
         >>> y.backward(torch.tensor([1.1]))
         >>> y, x.grad
         (tensor([1.1000], grad_fn=<QuantizeGradientBackward>), tensor([1.]))
+        >>> y = quantize_gradient(x, E5M2, scale=lambda grad: compute_scale(grad, E5M2))
+        >>> y.backward(torch.tensor([1e-30]))  # at scale 1 it would be zero
     """
+    if callable(scale) and not isinstance(scale, Tensor):
+        bits = _random_bits(x, rounding, random_bits, generator)
+        name = _format_name(format)
+        return _QuantizeGradient.apply(x, bits, scale, name, saturation, rounding)  # type: ignore[no-untyped-call]
     return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
 
 
@@ -242,6 +250,35 @@ class DequantizeFunc(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, x: Tensor, scale: None) -> Tensor:
         return dequantize(x, *ctx.saved_tensors)
+
+
+class _QuantizeGradient(torch.autograd.Function):
+    """:func:`quantize_gradient` with a scale that is made of the incoming gradient. torch.compile refuses a jvp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        random_bits: Tensor | None,
+        scale_of: Callable[[Tensor], Tensor],
+        format: str,
+        saturation: str,
+        rounding: str,
+    ) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, random_bits, ctx.scale_of, *ctx.modes = inputs
+        ctx.save_for_backward(random_bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (random_bits,), (format, saturation, rounding) = ctx.saved_tensors, ctx.modes
+        scale = ctx.scale_of(grad.detach())
+        rounded = quantize(grad, format, scale, saturation=saturation, rounding=rounding, random_bits=random_bits)
+        return rounded, None, None, None, None, None
 
 
 def _project(
