@@ -1,0 +1,19 @@
+"""Which format suits a model: its weights, or all operands of its products on data, under every candidate."""
+
+from .assign import Assignment, assign
+from .candidates import DEFAULT, Candidate, candidate
+from .results import Layer, LeftOut, Report, Score
+from .weights import report_weights
+
+__all__ = [
+    "DEFAULT",
+    "Assignment",
+    "Candidate",
+    "Layer",
+    "LeftOut",
+    "Report",
+    "Score",
+    "assign",
+    "candidate",
+    "report_weights",
+]

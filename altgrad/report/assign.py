@@ -1,0 +1,187 @@
+"""A recipe for each layer under a budget of bits: the choice with the least predicted loss, found exactly."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..simulation import Product, Recipe, restore, simulate
+from ..simulation.layers import kind_of
+from .candidates import candidate
+from .results import Layer, LeftOut, Report, Score
+
+WEIGHTS, ACTIVATIONS = ("weight", "forward.w"), ("forward.x",)
+_SUFFIXES = (".weight", ".in_proj_weight")
+Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass
+class Assignment:
+    """What :func:`assign` chose.
+
+    choices: the candidate of each operand, by layer. bits: the average of an element, of weights and where asked of
+    activations. predicted: the loss by the report's sensitivities, None without data. loss: the loss of the model with
+    these recipes, where verified. gap: how far the choice may be from the best one, as a share. left_out: layers that
+    stay in high precision, and why.
+    """
+
+    choices: dict[str, dict[str, str]]
+    bits: dict[str, float]
+    predicted: float | None
+    gap: float
+    left_out: list[LeftOut] = field(default_factory=list)
+    loss: float | None = None
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The mapping that :func:`altgrad.simulation.simulate` takes: layers by name; gradients in high precision."""
+        return {name: _recipe(choice) for name, choice in self.choices.items()}
+
+    def to_json(self) -> str:
+        """:attr:`recipes` as JSON: ``simulate(model, json.loads(text))``."""
+        return json.dumps({name: json.loads(recipe.to_json()) for name, recipe in self.recipes.items()}, indent=1)
+
+
+def assign(
+    report: Report,
+    budget_bits: float = 4.5,
+    *,
+    activations: bool = False,
+    model: nn.Module | None = None,
+    verify: bool = False,
+    batches: Iterable[Any] = (),
+    loss: Loss | None = None,
+) -> Assignment:
+    """Chooses a candidate for the weight of each layer, so that the sum of predicted losses is least within a budget.
+
+    What a choice costs is its sensitivity where the report was measured on data, else its noise-to-signal ratio: every
+    layer's relative error counts alike then. The choice is an integer program that scipy's ``milp`` solves.
+
+    Args:
+        report: of :func:`report_weights` or :func:`measure`.
+        budget_bits: the average bits of storage of a weight, shares of the scales included.
+        activations: choose for the layers' inputs too, within the same budget for their elements.
+        model: the layers of it that :func:`altgrad.simulation.simulate` can switch take part, no others (embeddings).
+        verify: run the model with the choice over the batches, and say what the loss became.
+        batches, loss: as in :func:`measure`, to verify.
+
+    Raises:
+        ValueError: a budget out of reach, a report without layers that can be chosen for or without activations, verify
+            without a model or a loss.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from altgrad.report import assign, report_weights
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(model.state_dict(), f"{folder}/model.pt")
+        ...     report = report_weights(f"{folder}/model.pt", ["E2M1@row", "E5M2@row"])
+        >>> assign(report, 5.0, model=model).choices
+        {'0': {'weight': 'E2M1@row'}, '1': {'weight': 'E5M2@row'}}
+    """
+    if verify and (model is None or loss is None):
+        raise ValueError("verify needs model, batches and loss")
+    names = None if model is None else {name for name, layer in model.named_modules() if kind_of(type(layer))}
+    choices: dict[str, dict[str, str]] = {}
+    bits, left_out, gap, added = {}, [], 0.0, 0.0
+    for kind, operands in (("weights", WEIGHTS), ("activations", ACTIVATIONS))[: 1 + activations]:
+        layers, others = _choosable(report, operands, names)
+        left_out += others
+        if not layers:
+            raise ValueError(f"the report of {report.source} has no {kind} to choose for")
+        chosen, kind_gap = _solve(layers, budget_bits, kind)
+        gap = max(gap, kind_gap)
+        for layer, name in zip(layers, chosen):
+            choices.setdefault(module_name(layer.name), {})[layer.operand] = name
+            added += layer.scores[name].sensitivity or 0.0
+        scores = [(layer.count, layer.scores[name]) for layer, name in zip(layers, chosen)]
+        bits[kind] = sum(n * score.bits for n, score in scores) / sum(n for n, _ in scores)
+    predicted = None if report.loss is None else report.loss + report.samples / 2 * added
+    assignment = Assignment(choices, bits, predicted, gap, left_out)
+    if verify:
+        assert model is not None and loss is not None
+        assignment.loss = simulated_loss(model, assignment.recipes, batches, loss)
+    return assignment
+
+
+def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Iterable[Any], loss: Loss) -> float:
+    """The mean loss over the batches with simulated products; the model is restored."""
+    simulate(model, recipes)
+    try:
+        with torch.no_grad():
+            losses = [float(loss(model, batch)) for batch in batches]
+    finally:
+        restore(model)
+    if not losses:
+        raise ValueError("batches must not be empty")
+    return sum(losses) / len(losses)
+
+
+def module_name(name: str) -> str:
+    """The module of a parameter; names of modules as they are."""
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def cost(layer: Layer, score: Score) -> float:
+    """What a score adds to the loss, in units that layers of one report share."""
+    if score.sensitivity is not None:
+        return score.sensitivity
+    return 0.0 if layer.zeros == layer.count else 10 ** (-score.sqnr / 10)
+
+
+def _choosable(report: Report, operands: tuple[str, ...], names: set[str] | None) -> tuple[list[Layer], list[LeftOut]]:
+    layers, left_out = [], []
+    for layer in report.layers:
+        if layer.operand not in operands:
+            continue
+        if not layer.is_matrix:
+            reason = "a vector"
+        elif layer.nan or layer.infinite:
+            reason = f"{layer.nan} NaN and {layer.infinite} infinities in it"
+        elif names is not None and module_name(layer.name) not in names:
+            reason = "of no layer that can be simulated"
+        else:
+            layers.append(layer)
+            continue
+        left_out.append(LeftOut(layer.name, reason))
+    return layers, left_out
+
+
+def _solve(layers: list[Layer], budget_bits: float, kind: str) -> tuple[list[str], float]:
+    """The best candidate of each layer, and the gap: x[layer, candidate] in {0, 1}, one of each layer, within bits."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    names = list(layers[0].scores)
+    n, m, total = len(layers), len(names), sum(layer.count for layer in layers)
+    costs = np.array([[cost(layer, layer.scores[name]) for name in names] for layer in layers])
+    shares = np.array([[layer.count / total * layer.scores[name].bits for name in names] for layer in layers])
+    least = shares.min(1).sum()
+    if least > budget_bits:
+        raise ValueError(
+            f"budget_bits {budget_bits} is out of reach: the smallest candidates take {least:.4g} bits for {kind}"
+        )
+    one_of_each = csr_array((np.ones(n * m), (np.repeat(np.arange(n), m), np.arange(n * m))))
+    result = milp(
+        (costs / (costs.max() or 1)).ravel(),
+        integrality=np.ones(n * m),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_of_each, 1, 1), LinearConstraint(shares.reshape(1, -1), 0, budget_bits)],
+        options={"mip_rel_gap": 1e-6, "time_limit": 60},
+    )
+    if result.x is None:
+        raise ValueError(f"no choice of {kind} within {budget_bits} bits was found: {result.message}")
+    return [names[i] for i in result.x.reshape(n, m).argmax(1)], float(result.mip_gap)
+
+
+def _recipe(choice: Mapping[str, str]) -> Recipe:
+    by_side = {"forward.x" if operand in ACTIVATIONS else "forward.w": name for operand, name in choice.items()}
+    rules = {side: candidate(name).rule for side, name in by_side.items()}
+    name = " x ".join(by_side[side] for side in ("forward.x", "forward.w") if side in by_side)
+    return Recipe(name, forward=Product(rules.get("forward.x"), rules.get("forward.w")))

@@ -1,0 +1,224 @@
+"""altgrad.report on checkpoints: numbers as computed by hand, files of every kind, and what cannot be reported."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+
+from altgrad.quantization import compute_scale, quantization_stats
+from altgrad.report import DEFAULT, Report, candidate, report_weights
+from altgrad.report.tally import PART
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+CANDIDATES = [*DEFAULT, "E4M3@row", "E4M3@2x16", "E5M2@7", "E4M3FNUZ", "E7M0", "e3m2b3f@row/rceil", "E2M1@5/E4M3"]
+
+
+def weights(seed=0):
+    """Tensors that show what differs: dtypes, shapes, ragged blocks, zeros, outliers, more than one part."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    outliers = normal(33, 70)
+    outliers[3, 5], outliers[7] = 300.0, 0.0
+    return {
+        "plain": normal(64, 128),
+        "half": (normal(48, 100) * 1e-3).half(),
+        "brain": normal(PART // 256 + 100, 256).bfloat16(),
+        "double": normal(9, 11).double(),
+        "outliers": outliers,
+        "conv": normal(8, 4, 3, 3),
+        "bias": normal(37),
+        "scalar": normal(()),
+        "wide": 2 ** (normal(40, 40) * 12),
+        "zeros": torch.zeros(4, 8),
+    }
+
+
+def by_hand(x, c):
+    """The scores of a candidate from the functions of altgrad.quantization, on the whole matrix."""
+    x = x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)
+    scale = compute_scale(x, c.format, granularity=c.granularity, **c.keywords)
+    return quantization_stats(x, c.format, scale), (scale.double().amax() / scale.double().amin()).log2().item()
+
+
+def assert_as_by_hand(report, tensors):
+    for layer in report.layers:
+        for name in report.candidates:
+            got = layer.scores[name]
+            stats, spread = by_hand(tensors[layer.name], candidate(name))
+            for share in ("clipped", "flushed", "used_bits"):
+                assert getattr(got, share) == getattr(stats, share).item(), (layer.name, name, share)
+            # The same float64 squares, added in another order.
+            want = stats.sqnr.item()
+            assert got.sqnr == pytest.approx(want, rel=1e-12, nan_ok=True), (layer.name, name)
+            assert got.scale_spread == pytest.approx(spread, rel=1e-15), (layer.name, name)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_scores_are_those_computed_by_hand(tmp_path, suffix):
+    tensors = weights()
+    path = tmp_path / f"model.{suffix}"
+    safetensors.save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    report = report_weights(path, CANDIDATES)
+    assert {layer.name for layer in report.layers} == set(tensors)
+    assert_as_by_hand(report, tensors)
+
+
+def test_a_layer_counts_its_values(tmp_path):
+    x = torch.tensor([[0.0, 1.0, -1.5, 2.0], [math.nan, math.inf, 0.3, -0.0]])
+    torch.save([x], tmp_path / "a.pt")
+    (layer,) = report_weights(tmp_path / "a.pt", ["E4M3"]).layers
+    assert (layer.name, layer.count, layer.zeros, layer.nan, layer.infinite) == ("0", 8, 2, 1, 1)
+    assert layer.octaves == {0: 2, 1: 1, -2: 1}
+    assert math.isnan(layer.scores["E4M3"].sqnr)  # shown, not hidden
+
+
+def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
+    torch.save(weights(), tmp_path / "a.pt")
+    before = torch.get_num_threads()
+    reports = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            reports.append(report_weights(tmp_path / "a.pt", ["E4M3", "NVFP4"]).to_json())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert reports[0] == reports[1]
+
+
+def test_json_there_and_back(tmp_path):
+    torch.save({"a": torch.tensor([[math.nan, 1.0]]), "b": torch.ones(2, 2)}, tmp_path / "a.pt")
+    report = report_weights(tmp_path / "a.pt", ["E4M3"])
+    text = report.to_json()
+    assert "NaN" not in text and "Infinity" not in text
+    assert Report.from_json(text).to_json() == text
+    assert Report.from_json(text).layers[1].scores["E4M3"].sqnr == math.inf
+
+
+def test_shards_and_folders(tmp_path):
+    tensors = weights()
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[:4], "model-2.safetensors": names[4:]}
+    for file, part in shards.items():
+        safetensors.save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    by_index = report_weights(tmp_path / "model.safetensors.index.json", ["MXFP4"])
+    by_folder = report_weights(tmp_path, ["MXFP4"])
+    assert by_index.layers == by_folder.layers
+    assert_as_by_hand(by_index, tensors)
+
+
+def test_tied_tensors_are_reported_once(tmp_path):
+    w = torch.randn(4, 8)
+    torch.save({"embedding": w, "head": w, "part": w[:2]}, tmp_path / "a.pt")
+    report = report_weights(tmp_path / "a.pt", ["E4M3"])
+    assert [(layer.name, layer.also) for layer in report.layers] == [("embedding", ["head"]), ("part", [])]
+
+
+def test_integer_and_empty_tensors_are_left_out(tmp_path):
+    tensors = {"w": torch.ones(2, 2), "steps": torch.arange(3), "none": torch.ones(0, 3)}
+    tensors["small"] = torch.ones(2).to(torch.float8_e4m3fn)
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
+        safetensors.save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+        report = report_weights(path, ["E4M3"])
+        assert [layer.name for layer in report.layers] == ["w"]
+        assert {entry.name for entry in report.left_out} == {"steps", "none", "small"}
+
+
+def test_a_transposed_tensor_of_a_pickle(tmp_path):
+    x = torch.randn(70, 40).t()
+    torch.save({"x": x}, tmp_path / "a.pt")
+    assert_as_by_hand(report_weights(tmp_path / "a.pt", ["MXFP4", "E4M3@row"]), {"x": x})
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def bad_files(folder):
+    """path -> a part of the message."""
+    good = folder / "good.safetensors"
+    safetensors.save_file({"w": torch.ones(64, 64)}, good)
+    torch.save({"w": torch.ones(64, 64)}, folder / "good.pt")
+    contents = {
+        "truncated.safetensors": good.read_bytes()[:-100],
+        "foreign.safetensors": b"PK\x03\x04 no tensors here",
+        "huge.safetensors": struct.pack("<Q", 1 << 62),
+        "empty.safetensors": b"",
+        "truncated.pt": (folder / "good.pt").read_bytes()[:-500],
+        "foreign.pt": b"hello\nworld",
+        "page.html": b"<p>",
+        "broken.index.json": b"{",
+        "list.index.json": b"[]",
+        "outside.index.json": json.dumps({"weight_map": {"w": "../good.safetensors"}}).encode(),
+        "missing.index.json": json.dumps({"weight_map": {"w": "none.safetensors"}}).encode(),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    torch.save({"w": Evil()}, folder / "evil.pt")
+    torch.save({"step": 3}, folder / "number.pt")
+    torch.save({"w": torch.arange(3)}, folder / "integers.pt")
+    (folder / "void").mkdir()
+    return [folder / name for name in (*contents, "evil.pt", "number.pt", "integers.pt", "void", "none.pt")]
+
+
+def test_bad_files_are_one_line(tmp_path, capfd):
+    for path in bad_files(tmp_path):
+        with pytest.raises(ValueError, match=path.name) as raised:
+            report_weights(path, ["E4M3"])
+        assert "\n" not in str(raised.value), path
+    assert "executed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["E9M9", "MXFP5", "E4M3@0", "E4M3@column", "E4M3@32/up", "E4M3@", ""])
+def test_unknown_candidates(name):
+    with pytest.raises(ValueError):
+        candidate(name)
+
+
+def test_spellings_of_candidates():
+    for name in CANDIDATES:
+        assert candidate(name) == candidate(name.lower()) == candidate(candidate(name).name)
+    assert candidate("e2m1@16/e4m3").name == "NVFP4"
+    assert candidate("NVFP4").bits(4, 32) == 4 + (8 * 8 + 32) / 128
+    assert candidate("MXFP4").bits(3, 33) == 4 + 6 * 8 / 99
+    assert candidate("E4M3@row").bits(3, 33) == 8 + 3 * 32 / 99
+    assert candidate("E4M3@2x32").bits(3, 33) == 8 + 4 * 32 / 99
+    with pytest.raises(ValueError, match="empty"):
+        report_weights("none.pt", [])
+    with pytest.raises(TypeError):
+        candidate(8)
+
+
+# Where the answer is known.
+
+
+def best(x, names, tmp_path):
+    torch.save({"x": x}, tmp_path / "x.pt")
+    scores = report_weights(tmp_path / "x.pt", names).layers[0].scores
+    return max(scores, key=lambda name: scores[name].sqnr)
+
+
+EIGHT_BITS = ["E0M7", "E2M5", "E3M4", "E4M3", "E5M2", "MXFP8_E4M3"]
+
+
+def test_known_answers(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    uniform = torch.rand(256, 256, generator=g) * 2 - 1
+    assert best(uniform, EIGHT_BITS, tmp_path) == "E0M7"
+    sign = torch.randint(2, (256, 256), generator=g) * 2.0 - 1
+    wide = sign * 2 ** (torch.rand(256, 256, generator=g) * 28)
+    torch.save({"x": wide}, tmp_path / "x.pt")
+    scores = report_weights(tmp_path / "x.pt", EIGHT_BITS).layers[0].scores
+    assert min(EIGHT_BITS[:5], key=lambda name: scores[name].flushed) == "E5M2"
+    outliers = torch.randn(256, 256, generator=g)
+    outliers.view(-1)[torch.randint(outliers.numel(), (200,), generator=g)] *= 20
+    assert best(outliers, ["E2M1", "E2M1@row", "MXFP4"], tmp_path) == "MXFP4"

@@ -1,0 +1,100 @@
+"""altgrad.report.assign: the best choice, its budget, and the loss of a model that runs with it."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+
+from altgrad.report import Layer, Report, Score, assign, report_weights
+from altgrad.report.assign import cost
+from altgrad.simulation import restore, simulate
+
+pytest.importorskip("scipy")
+
+
+def made_up(layers, candidates, seed, measured):
+    r = random.Random(seed)
+    return Report(
+        "made up",
+        candidates,
+        [
+            Layer(
+                f"{i}.weight",
+                "weight",
+                (count, 1),
+                "float32",
+                count,
+                0,
+                0,
+                0,
+                {},
+                {
+                    name: Score(r.uniform(5, 40), 0, 0, 0, 0, r.uniform(3, 9), r.random() if measured else None)
+                    for name in candidates
+                },
+            )
+            for i, count in enumerate(r.choices([64, 128, 1000], k=layers))
+        ],
+        [],
+        loss=1.0 if measured else None,
+    )
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_the_best_of_all(seed, measured):
+    names = ["E4M3", "E5M2", "MXFP4", "NVFP4"]
+    report = made_up(5, names, seed, measured)
+    total = sum(layer.count for layer in report.layers)
+
+    def judge(choice):
+        scores = [layer.scores[name] for layer, name in zip(report.layers, choice)]
+        bits = sum(layer.count * score.bits for layer, score in zip(report.layers, scores)) / total
+        return sum(map(cost, report.layers, scores)), bits
+
+    allowed = [judge(choice) for choice in itertools.product(names, repeat=5)]
+    best = min(value for value, bits in allowed if bits <= 5.5)
+    got = assign(report, 5.5)
+    value, bits = judge([got.choices[str(i)]["weight"] for i in range(5)])
+    assert bits <= 5.5 and got.bits["weights"] == pytest.approx(bits, rel=1e-12)
+    assert value == pytest.approx(best, rel=2e-6)
+    assert got.predicted == (pytest.approx(1 + value / 2) if measured else None)
+
+
+def test_budget_out_of_reach():
+    with pytest.raises(ValueError, match="budget_bits 1 is out of reach: the smallest candidates take"):
+        assign(made_up(3, ["E4M3"], 0, False), 1)
+    with pytest.raises(ValueError, match="no activations"):
+        assign(made_up(3, ["E4M3"], 0, False), 9, activations=True)
+    with pytest.raises(ValueError, match="verify needs"):
+        assign(made_up(3, ["E4M3"], 0, False), 9, verify=True)
+
+
+def test_recipes_run_and_say_the_loss(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 32), torch.nn.LayerNorm(32))
+    model.append(torch.nn.Linear(32, 10))
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    batch = torch.randint(10, (5, 7))
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
+
+    report = report_weights(tmp_path / "m.pt")
+    choice = assign(report, 5.0, model=model, verify=True, batches=[batch], loss=loss)
+    assert set(choice.choices) == {"1", "3"}
+    assert {entry.name for entry in choice.left_out} == {"0.weight", "1.bias", "2.weight", "2.bias", "3.bias"}
+    before = loss(model, batch).item()
+    simulate(model, json.loads(choice.to_json()))
+    with torch.no_grad():
+        assert loss(model, batch).item() == choice.loss != before
+    restore(model)
+
+
+def test_layers_with_nan_are_left_out(tmp_path):
+    torch.save({"a": torch.tensor([[float("nan"), 1.0]]), "b": torch.ones(2, 2)}, tmp_path / "a.pt")
+    choice = assign(report_weights(tmp_path / "a.pt", ["E4M3"]), 100)
+    assert list(choice.choices) == ["b"]
+    assert choice.left_out == [("a", "1 NaN and 0 infinities in it")]
