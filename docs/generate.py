@@ -18,6 +18,7 @@ from torch._library.simple_registry import singleton
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from altgrad.quantization import FORMAT_REGISTRY, FP8Format, quantize, resolve
+from altgrad.simulation import RECIPES, Rule
 from ops_registry.operators import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -228,7 +229,34 @@ def dispatch() -> str:
     )
 
 
-SECTIONS = {f.__name__: f for f in (formats, format_fields, differences, p3109, schemas, dispatch)}
+def in_words(rule: Rule | None) -> str:
+    """A rule in a few words."""
+    if rule is None:
+        return "high precision"
+    if rule.format is None:
+        return "as in `forward`"
+    per = rule.per if isinstance(rule.per, str) else " x ".join(map(str, rule.block))
+    if rule.history:
+        scale = f"amax of {rule.history} steps"
+    elif rule.scale is not None:
+        scale = f"scale {rule.scale:g}"
+    else:
+        scale = f"{rule.scale_format} scales" if rule.scale_format else rule.power_of_two or "float32"
+    others = [rule.rounding.replace("_", " ")] * (rule.rounding != "nearest_ties_to_even")
+    return ", ".join([f"{rule.format} {per}", scale, *others])
+
+
+def recipes() -> str:
+    rows = []
+    for recipe in RECIPES.values():
+        sides = [dict.fromkeys((in_words(p.left), in_words(p.right))) for p in recipe.products]  # one entry if the same
+        pairs = ["; ".join(s) + "; Hadamard" * bool(p.hadamard) for s, p in zip(sides, recipe.products)]
+        same = [pair if pair not in pairs[:i] else "the same" for i, pair in enumerate(pairs)]
+        rows.append([f"`{recipe.name}`", *same, recipe.source])
+    return table("recipe | `forward`: x; w | `grad_input`: dy; w | `grad_weight`: dy; x | source", rows)
+
+
+SECTIONS = {f.__name__: f for f in (formats, format_fields, differences, p3109, schemas, dispatch, recipes)}
 
 
 def render(text: str) -> str:
