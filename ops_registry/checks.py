@@ -1,6 +1,7 @@
 """What an operator accepts. Kernels and fakes call the same check, so eager, fake and compiled calls fail alike."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,12 @@ from .formats import FP8Format, resolve
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """What a function of altgrad asks of an argument before it reads a dtype or a device off it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__} {x!r:.80}")
 
 
 def check_quantize(

@@ -2,9 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import Any
 
 # One line adds a format: its name is an alias of a spelling, so a saved graph means the same in every process.
 NAMED_FORMATS = {
@@ -23,6 +24,20 @@ NAMED_FORMATS = {
     "E5M2FNUZ": "e5m2b16fnuz",
 }
 
+# What other projects call a format: torch and ml_dtypes by its dtype.
+ALIASES = {
+    "float8_e4m3fn": "E4M3",
+    "float8_e5m2": "E5M2",
+    "float8_e4m3fnuz": "E4M3FNUZ",
+    "float8_e5m2fnuz": "E5M2FNUZ",
+    "float8_e4m3": "e4m3b7",
+    "float8_e3m4": "e3m4b3",
+    "float8_e4m3b11fnuz": "e4m3b11fnuz",
+    "float6_e2m3fn": "E2M3",
+    "float6_e3m2fn": "E3M2",
+    "float4_e2m1fn": "E2M1",
+}
+
 GRAMMAR = "e<exponent bits>m<mantissa bits>b<bias> and one of '' (IEEE specials), 'fn', 'fnuz', 'f' (all finite)"
 
 # suffix -> (has_inf, has_nan, has_negative_zero)
@@ -32,7 +47,7 @@ _SPECIALS = {
     "fnuz": (False, True, False),
     "f": (False, False, True),
 }
-_SPELLING = re.compile(r"e(\d)m(\d)b(-?\d{1,3})(fnuz|fn|f|)")
+_SPELLING = re.compile(r"e([0-9])m([0-9])b(-?[0-9]{1,3})(fnuz|fn|f|)")
 
 # The kernels compute in float32, whose smallest normal is 2^-126. A quantum of twice that keeps every value, midpoint
 # and power of two between normal. Below 2^104 the product a * 2^(23 - M) in the rounding stays finite.
@@ -68,7 +83,7 @@ class FP8Format:
         (57344.0, 60, 1.0)
     """
 
-    name: str
+    name: str = field(compare=False)
     exponent_bits: int
     mantissa_bits: int
     bias: int
@@ -77,9 +92,9 @@ class FP8Format:
     has_negative_zero: bool = True
 
     def __post_init__(self) -> None:
-        for field in ("exponent_bits", "mantissa_bits", "bias"):
-            if type(getattr(self, field)) is not int:
-                raise TypeError(f"{field} must be an int, got {getattr(self, field)!r}")
+        for name in ("exponent_bits", "mantissa_bits", "bias"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
         exponent_bits, mantissa_bits = self.exponent_bits, self.mantissa_bits
         if not (0 <= exponent_bits <= 7 and 0 <= mantissa_bits <= 7 and 1 + exponent_bits + mantissa_bits <= 8):
             raise ValueError(
@@ -231,12 +246,14 @@ class FP8Format:
         return round(position)  # Fraction rounds ties to even, and the even position is the even code
 
 
-@lru_cache(maxsize=1024)
-def resolve(format: str) -> FP8Format:
-    """The format of a name (``"E5M2"``) or a spelling (``"e3m4b3fn"``); case does not matter.
+def resolve(format: Any) -> FP8Format:
+    """The format of a name (``"E5M2"``), a spelling (``"e3m4b3fn"``) or a dtype; case does not matter.
+
+    A dtype is one of torch (``torch.float8_e4m3fn``) or a string with the name that torch or ml_dtypes gives it
+    (``"float6_e2m3fn"``). A format is itself. Formats of the same values are equal, whatever they are called.
 
     Raises:
-        TypeError: format is not a string.
+        TypeError: format is none of these.
         ValueError: no such name, or a spelling that :class:`FP8Format` refuses.
 
     Example:
@@ -244,8 +261,22 @@ def resolve(format: str) -> FP8Format:
         >>> resolve("e3m4b3").max_representable_value, resolve("E4M3").spelling
         (15.5, 'e4m3b7fn')
     """
-    if not isinstance(format, str):
-        raise TypeError(f"format must be a string, got {format!r}")
+    return format if isinstance(format, FP8Format) else _resolve(format_name(format))
+
+
+def format_name(format: Any) -> str:
+    """What an operator takes for a format, a string that names or spells it, or a dtype of torch."""
+    if isinstance(format, FP8Format):
+        return format.name
+    name = format if isinstance(format, str) else str(format).removeprefix("torch.")
+    if isinstance(format, str) or name in ALIASES:
+        return name
+    raise TypeError(f"format must be an FP8Format, a string or a dtype that is a format, got {format!r}")
+
+
+@lru_cache(maxsize=1024)
+def _parse(format: str) -> FP8Format:
+    format = ALIASES.get(format.lower(), format)
     spelling = NAMED_FORMATS.get(format.upper(), format.lower())
     match = _SPELLING.fullmatch(spelling)
     if match is None:
@@ -256,6 +287,14 @@ def resolve(format: str) -> FP8Format:
     name = format.upper() if format.upper() in NAMED_FORMATS else f"e{exponent_bits}m{mantissa_bits}b{bias}{match[4]}"
     return FP8Format(name, exponent_bits, mantissa_bits, bias, *_SPECIALS[match[4]])
 
+
+def _resolve(name: str) -> FP8Format:
+    return _parse(name)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: Dynamo then calls the function
+# instead of tracing it, and locks and regular expressions in it cannot be traced.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 FORMAT_REGISTRY = {name: resolve(name) for name in NAMED_FORMATS}
 """The named formats by name, in the order of the table in the documentation."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import assert_same_bits
+from torch.utils.checkpoint import checkpoint
 
 from altgrad.quantization import E4M3, AmaxHistory, quantize
 
@@ -125,3 +126,36 @@ def test_ranks_agree(tmp_path):
     # The NaN of rank 1 counts as its last amax, which was already that of both.
     assert first.tolist() == second.tolist() == [896.0, 896.0]
     assert (first_alone.tolist(), second_alone.tolist()) == ([1.0, 448.0], [896.0, 896.0])
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])
+def test_activation_checkpointing(how):
+    """A recomputation takes the scale of its forward pass and records nothing: the bits of a run without it."""
+    torch._dynamo.reset()
+
+    def steps(wrap):
+        histories = [AmaxHistory(E4M3, length=3) for _ in range(2)]
+        w = torch.linspace(-1, 1, 64).reshape(8, 8).requires_grad_()
+
+        def region(x):
+            return (quantize(x, E4M3, histories[0](x)) @ quantize(w, E4M3, histories[1](w))).tanh()
+
+        results, region = [], wrap(region)
+        for step in range(4):
+            x = (torch.linspace(-3, 2, 64).reshape(8, 8) * 5**step).requires_grad_()
+            region(x).square().sum().backward()
+            results += [x.grad, w.grad.clone(), *(history.history.clone() for history in histories)]
+        return results
+
+    def checkpointed(region):
+        f = lambda x: checkpoint(region, x, use_reentrant=how == "reentrant")  # noqa: E731
+        return torch.compile(f, backend="aot_eager") if how == "compiled" else f
+
+    for got, want in zip(steps(checkpointed), steps(lambda region: region)):
+        assert_same_bits(got, want)
+
+
+def test_history_stays_in_float32():
+    history = AmaxHistory(E4M3, length=2).half()
+    history(torch.tensor(1e6))
+    assert history.history.tolist() == [1e6, 0.0]

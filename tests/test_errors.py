@@ -1,11 +1,27 @@
 """Bad input: one clear error, the same in eager, under fake tensors and in compile; nothing is changed by it."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits
 from torch._subclasses import FakeTensorMode
 
-from altgrad.quantization import E5M2, decode, dequantize, encode, quantize
+from altgrad.quantization import (
+    E5M2,
+    MXFP4,
+    AmaxHistory,
+    bit_stall,
+    compute_scale,
+    decode,
+    dequantize,
+    encode,
+    quantization_stats,
+    quantize,
+    quantize_blocks,
+    quantize_gradient,
+    resolve,
+    sqnr,
+)
 
 ag = torch.ops.altgrad
 X, ONE = torch.randn(3, 4), torch.tensor(1.0)
@@ -142,11 +158,12 @@ def test_operator_errors(name):
 
 
 def test_sparse_x():
-    with pytest.raises(TypeError, match=r"x must be a strided tensor, got layout torch\.sparse_coo"):
-        ag.quantize(X.to_sparse(), ONE, "E5M2")
+    for call in (lambda x: ag.quantize(x, ONE, "E5M2"), lambda x: compute_scale(x, E5M2)):
+        with pytest.raises(TypeError, match=r"x must be a strided tensor, got layout torch\.sparse_coo"):
+            call(X.to_sparse())
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), 1e-46, 1e39])
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), 1e-46, 1e-38, 1e39])
 def test_numbers_that_are_no_scale(scale):
     for call in (
         lambda: quantize(X, E5M2, scale),
@@ -154,7 +171,7 @@ def test_numbers_that_are_no_scale(scale):
         lambda: decode(CODES, E5M2, scale),
         lambda: dequantize(X, scale),
     ):
-        with pytest.raises(ValueError, match=r"scale must be positive and finite in torch\.float32, got "):
+        with pytest.raises(ValueError, match=r"scale must be positive and finite in torch\.float32, from 1.17"):
             call()
         torch._dynamo.reset()
         with pytest.raises(Exception, match="scale must be positive and finite"):
@@ -174,10 +191,44 @@ def test_things_that_are_no_scale(scale):
         quantize(X, E5M2, scale)
 
 
-@pytest.mark.parametrize("format", [None, 5, torch.float8_e5m2])
+@pytest.mark.parametrize("format", [None, 5, torch.int8, torch.float64])
 def test_things_that_are_no_format(format):
-    with pytest.raises(TypeError, match="format must be an FP8Format or a string, got "):
-        quantize(X, format)
+    message = "format must be an FP8Format, a string or a dtype that is a format, got "
+    for call in (quantize, encode, compute_scale, lambda x, f: resolve(f), lambda x, f: AmaxHistory(f)):
+        with pytest.raises(TypeError, match=message):
+            call(X, format)
+
+
+NOT_TENSORS = {
+    "x": [
+        lambda x: quantize(x, E5M2),
+        lambda x: encode(x, E5M2),
+        lambda x: quantize_gradient(x, E5M2),
+        lambda x: dequantize(x, 1.0),
+        lambda x: compute_scale(x, E5M2),
+        lambda x: quantize_blocks(x, **MXFP4),
+        lambda x: quantization_stats(x, E5M2),
+        lambda x: sqnr(x, X),
+        lambda x: AmaxHistory(E5M2)(x),
+    ],
+    "y": [lambda y: sqnr(X, y)],
+    "w": [lambda w: bit_stall(w, X, 0.1, E5M2)],
+    "g": [lambda g: bit_stall(X, g, 0.1, E5M2)],
+    "codes": [lambda codes: decode(codes, E5M2)],
+}
+
+
+@pytest.mark.parametrize("argument", NOT_TENSORS)
+@pytest.mark.parametrize("value", [[1.0], 1.0, None], ids=str)
+def test_things_that_are_no_tensor(argument, value):
+    for call in NOT_TENSORS[argument]:
+        with pytest.raises(TypeError, match=rf"{argument} must be a tensor, got {type(value).__name__}"):
+            call(value)
+
+
+def test_numbers_of_numpy_are_scales():
+    for scale in (np.float32(0.5), np.float64(0.5), np.int64(2)):
+        assert_same_bits(quantize(X, E5M2, scale), quantize(X, E5M2, float(scale)), X)
 
 
 def test_random_operands_need_stochastic_rounding():

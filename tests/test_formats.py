@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from conftest import FORMATS, NAMED
+import torch
+from conftest import FORMATS, NAMED, assert_same_bits
 
-from altgrad.quantization import FORMAT_REGISTRY, FP8Format, resolve
+from altgrad.quantization import FORMAT_REGISTRY, FP8Format, quantize, resolve
+from ops_registry.formats import ALIASES
 
 # The contract's table, typed by hand once, here: name, max, smallest positive value.
 TABLE = """
@@ -155,7 +157,7 @@ def test_a_name_cannot_mean_another_format():
 def test_fields_have_types():
     with pytest.raises(TypeError, match=r"bias must be an int, got 7\.0"):
         FP8Format("E4M3", 4, 3, 7.0, False, True)
-    with pytest.raises(TypeError, match="format must be a string"):
+    with pytest.raises(TypeError, match="format must be an FP8Format, a string or a dtype"):
         resolve(5)
 
 
@@ -163,3 +165,33 @@ def test_fields_have_types():
 def test_codes_out_of_range(code):
     with pytest.raises(ValueError, match="code must be an integer from 0 to 255"):
         FORMAT_REGISTRY["E5M2"].to_real(code)
+
+
+def test_dtypes_and_their_names_are_formats():
+    x = torch.linspace(-20, 20, 1000)
+    for name, same in ALIASES.items():
+        assert resolve(name) == resolve(name.upper()) == resolve(same) == resolve(resolve(same))
+        assert_same_bits(quantize(x, name), quantize(x, same), x)
+        assert_same_bits(torch.ops.altgrad.quantize(x, torch.tensor(1.0), name), quantize(x, same), x)
+        dtype = getattr(torch, name, None)
+        if dtype is not None:
+            assert resolve(dtype) == resolve(same)
+            assert_same_bits(quantize(x, dtype), quantize(x, same), x)
+
+
+def test_formats_of_the_same_values_are_equal():
+    f, g = resolve("E4M3"), resolve("e4m3b7fn")
+    assert f == g and hash(f) == hash(g) and (f.name, g.name) == ("E4M3", "e4m3b7fn")
+    assert f != resolve("e4m3b7")
+
+
+@pytest.mark.parametrize("format", ["E4M3", resolve("E5M2"), torch.float8_e4m3fn, "float6_e2m3fn"], ids=str)
+def test_resolve_in_compiled_code(format):
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: x * resolve(format).max_representable_value, fullgraph=True, backend="eager")
+    assert f(torch.ones(())).item() == resolve(format).max_representable_value
+
+
+def test_digits_of_other_scripts_are_no_spelling():
+    with pytest.raises(ValueError, match="unknown format"):
+        resolve("e\N{ARABIC-INDIC DIGIT FOUR}m3b7fn")

@@ -471,3 +471,23 @@ def test_jit_trace(granularity):
     x, y = torch.randn(64, 64), torch.randn(64, 64)
     f = lambda x: compute_scale(x, E4M3, granularity=granularity)  # noqa: E731
     assert_same_bits(torch.jit.trace(f, (x,))(y), f(y))
+
+
+@pytest.mark.parametrize(
+    "recipe", [MXFP4, NVFP4, {"format": E4M3, "granularity": PerAxis(0)}], ids=["MXFP4", "NVFP4", "rows"]
+)
+def test_blocks_in_every_mode(recipe):
+    x = torch.randn(6, 40)
+    scale = compute_scale(x, **recipe)
+    bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
+    for modes in (
+        {"saturation": "none"},
+        {"rounding": "toward_zero"},
+        {"rounding": "stochastic", "random_bits": bits, "saturation": "finite"},
+    ):
+        assert_same_bits(quantize_blocks(x, **recipe, **modes), quantize(x, recipe["format"], scale, **modes), x)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    got = quantize_blocks(x, **recipe, rounding="stochastic", generator=draws[0])
+    assert_same_bits(got, quantize(x, recipe["format"], scale, rounding="stochastic", generator=draws[1]), x)
+    with pytest.raises(ValueError, match="need rounding='stochastic'"):
+        quantize_blocks(x, **recipe, random_bits=bits)

@@ -1,15 +1,18 @@
 """Delayed scaling: the scale of a tensor from the amax of the tensors before it."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .formats import FP8Format
+from ops_registry.checks import check_tensor
+
+from .formats import FP8Format, resolve
 from .granularity import PerTensor
 from .magnitudes import amax
-from .scaling import as_scale, resolve_format
+from .scaling import as_scale
 
 POLICIES = ("max", "most_recent")
 
@@ -20,6 +23,9 @@ class AmaxHistory(torch.nn.Module):
     ``forward(x)`` returns the scale for x, made of the tensors before x, and in training records the amax of x. So the
     scale is there before x is read; what grew since may clip, which a margin prevents. In ``eval`` the scale stays. The
     history is a buffer: in ``state_dict``, moved by ``.to``, updated in place. Nothing is read back from the device.
+
+    Under activation checkpointing the recomputation in the backward pass gets the scale that the forward pass before it
+    got, and records nothing.
 
     Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax is not recorded:
     the last one counts again.
@@ -61,12 +67,13 @@ class AmaxHistory(torch.nn.Module):
             raise ValueError(f"length must be at least 1, got {length}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-        self.format = resolve_format(format)
+        self.format = resolve(format)
         self.policy = policy
         self.factor = 2.0**margin
         self.reduce = reduce
         self.process_group = process_group
         self.register_buffer("history", torch.zeros(length))
+        self._used = torch.ones(())  # the scale of the last forward pass
 
     def scale(self) -> Tensor:
         """The scale of the history, a 0-d float32 tensor."""
@@ -75,6 +82,7 @@ class AmaxHistory(torch.nn.Module):
 
     def record(self, x: Tensor) -> None:
         """Puts the amax of x first in the history and drops the oldest."""
+        check_tensor("x", x)
         new = PerTensor().apply(amax, x.detach()).reshape(1).to(self.history.dtype)
         new = torch.where(new < math.inf, new, self.history[:1])  # also for NaN
         if self.reduce and dist.is_available() and dist.is_initialized():
@@ -82,7 +90,20 @@ class AmaxHistory(torch.nn.Module):
         self.history.copy_(torch.cat([new, self.history[:-1]]))
 
     def forward(self, x: Tensor) -> Tensor:
+        # The autograd engine runs the forward pass again where activations are checkpointed. A compiler's partitioner
+        # does it behind the trace.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self._used
         scale = self.scale()
         if self.training:
             self.record(x)
+        self._used = scale
         return scale
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "AmaxHistory":
+        """Moves the history, and leaves it in float32: a narrower dtype has not the range of what it records."""
+        before = self.history
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.history.dtype != before.dtype:
+            self.history = before.to(self.history.device)
+        return self

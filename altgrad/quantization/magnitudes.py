@@ -33,11 +33,11 @@ def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Ten
     """The |x| of the last dimension around fraction of their order, and the weight of the upper one, in float64."""
     n = rows.shape[-1]
     if not _is_static(n):  # then all of the arithmetic is on tensors
-        position = (torch.full((), n, dtype=torch.float64, device=rows.device) - 1) * fraction
-        below = position.long()
+        places = (torch.full((), n, dtype=torch.float64, device=rows.device) - 1) * fraction
+        below = places.long()
         ordered = rows.abs().sort(-1).values.double()
         around = ordered.index_select(-1, torch.stack([below, torch.clamp(below + 1, max=n - 1)]))
-        return around[..., 0], around[..., 1], position - below
+        return around[..., 0], around[..., 1], places - below
     position = (n - 1) * fraction
     count = n - math.floor(position)
     low = largest(rows, count).topk(min(2, count), largest=False).values.double()

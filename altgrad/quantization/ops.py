@@ -1,5 +1,6 @@
 """The operators as functions: formats as objects or names, scales as tensors or numbers, random bits drawn or given."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
 from ops_registry.autograd import RULES, entry
+from ops_registry.checks import check_tensor
+from ops_registry.formats import format_name
 from ops_registry.modes import RANDOM_BITS
 
 from .formats import FP8Format
@@ -99,7 +102,7 @@ def quantize_gradient(
     """
     if callable(scale) and not isinstance(scale, Tensor):
         bits = _random_bits(x, rounding, random_bits, generator)
-        name = _format_name(format)
+        name = format_name(format)
         return _QuantizeGradient.apply(x, bits, scale, name, saturation, rounding)  # type: ignore[no-untyped-call]
     return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
 
@@ -157,7 +160,8 @@ def decode(
         >>> decode(torch.tensor([60, 188, 123], dtype=torch.uint8), E5M2, 0.5)
         tensor([ 5.0000e-01, -5.0000e-01,  2.8672e+04])
     """
-    return _OPERATORS["decode"](codes, _as_tensor(scale, dtype, codes.device), _format_name(format), dtype)
+    check_tensor("codes", codes)
+    return _OPERATORS["decode"](codes, _as_tensor(scale, dtype, codes.device), format_name(format), dtype)
 
 
 def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -181,6 +185,7 @@ def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
         >>> dequantize(torch.tensor([1.0, -3.0]), 0.5)
         tensor([ 0.5000, -1.5000])
     """
+    check_tensor("x", x)
     return _OPERATORS["dequantize"](x, _as_tensor(scale, x.dtype, x.device))
 
 
@@ -292,11 +297,12 @@ def _project(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Calls an operator that projects x, or its stochastic twin."""
+    check_tensor("x", x)
     scale = _as_tensor(scale, x.dtype, x.device)
     random_bits = _random_bits(x, rounding, random_bits, generator)
     if random_bits is None:
-        return _OPERATORS[name](x, scale, _format_name(format), saturation, rounding)
-    return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, _format_name(format), saturation)
+        return _OPERATORS[name](x, scale, format_name(format), saturation, rounding)
+    return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, format_name(format), saturation)
 
 
 def _random_bits(
@@ -315,24 +321,19 @@ def _random_bits(
     return torch.randint(high, x.shape, dtype=torch.int32, device=x.device, generator=generator)
 
 
-def _format_name(format: FP8Format | str) -> str:
-    if isinstance(format, FP8Format):
-        return format.name
-    if isinstance(format, str):
-        return format
-    raise TypeError(f"format must be an FP8Format or a string, got {format!r}")
-
-
 def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.device) -> Tensor:
     """scale as a tensor; a number is checked here, because an operator never reads the values of a tensor."""
     if isinstance(scale, Tensor):
         return scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):  # also numpy's
         raise TypeError(f"scale must be a tensor or a number, got {scale!r}")
     dtype = compute_dtype(dtype or torch.float32)
     limits = torch.finfo(dtype)
     if not limits.smallest_normal <= scale <= limits.max:
-        raise ValueError(f"scale must be positive and finite in {dtype}, got {scale!r}")
+        raise ValueError(
+            f"scale must be positive and finite in {dtype}, from {limits.smallest_normal:.8g} to {limits.max:.8g}, "
+            f"got {scale!r}"
+        )
     if torch.compiler.is_compiling():
         # A constant of the kernel on x's device. torch.full would compile the function again for every number.
         return torch.ones((), dtype=dtype, device=device) * scale

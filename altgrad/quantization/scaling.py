@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import divide
-from ops_registry.checks import FLOAT_DTYPES
+from ops_registry.checks import FLOAT_DTYPES, check_tensor
 
 from .formats import FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor
@@ -98,6 +98,10 @@ def quantize_blocks(
     format: FP8Format | str,
     *,
     granularity: PerTensor | PerAxis | PerBlock,
+    saturation: str = "propagate",
+    rounding: str = "nearest_ties_to_even",
+    random_bits: Tensor | None = None,
+    generator: torch.Generator | None = None,
     **options: Unpack[ScaleOptions],
 ) -> Tensor:
     """:func:`quantize` with the scales of :func:`compute_scale`, bit for bit, in one call and without copies.
@@ -105,7 +109,7 @@ def quantize_blocks(
     A recipe is the keywords of a call: ``quantize_blocks(x, **MXFP4)``.
 
     Args:
-        x: as in :func:`quantize`.
+        x, saturation, rounding, random_bits, generator: as in :func:`quantize`.
         format, granularity, options: as in :func:`compute_scale`.
 
     Returns:
@@ -122,7 +126,16 @@ def quantize_blocks(
         tensor([[  0.,   0.,   8., -96.]])
     """
     scale_of = scaler(x, format, **options)
-    return granularity.apply(lambda blocks, dims: quantize(blocks, format, scale_of(blocks.detach(), dims)), x)
+    if rounding == "stochastic" or random_bits is not None or generator is not None:  # bits are those of x's elements
+        scale = granularity.apply(scale_of, x.detach())
+        return quantize(
+            x, format, scale, saturation=saturation, rounding=rounding, random_bits=random_bits, generator=generator
+        )
+
+    def quantized(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
+        return quantize(blocks, format, scale_of(blocks.detach(), dims), saturation=saturation, rounding=rounding)
+
+    return granularity.apply(quantized, x)
 
 
 def scaler(
@@ -134,7 +147,8 @@ def scaler(
     scale_format: FP8Format | str | None = None,
 ) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
     """The function (view of x, dims) -> scale, with 1 for the size of dims; checks the options."""
-    f = resolve_format(format)
+    check_tensor("x", x)
+    f = resolve(format)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if method not in METHODS:
@@ -195,7 +209,7 @@ def _rounded_scale(
         return lambda amax: as_power_of_two(amax, format, power_of_two).to(amax.dtype)
     if scale_format is None:
         return lambda amax: as_scale(amax, max_value)
-    f = resolve_format(scale_format)
+    f = resolve(scale_format)
     tensor_scale = as_scale(PerTensor().apply(amax, x.detach()), max_value * f.max_representable_value).reshape(())
     smallest = f.smallest_normal or f.smallest_subnormal  # below it the rounding would clip
 
@@ -222,16 +236,3 @@ def _least_error(
         error = error_of(scale)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
-
-
-def resolve_format(format: FP8Format | str) -> FP8Format:
-    return format if isinstance(format, FP8Format) else _resolve(format)
-
-
-def _resolve(format: str) -> FP8Format:
-    return resolve(format)
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the compiler: Dynamo then calls the function
-# instead of tracing it, and locks and regular expressions in it cannot be traced.
-_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import divide
+from ops_registry.checks import check_tensor
 
-from .formats import FP8Format
+from .formats import FP8Format, resolve
 from .ops import encode, quantize
-from .scaling import resolve_format
 
 
 class QuantizationStats(NamedTuple):
@@ -44,6 +44,8 @@ def sqnr(x: Tensor, y: Tensor) -> Tensor:
         >>> sqnr(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 1.0]))
         tensor(20., dtype=torch.float64)
     """
+    for name, tensor in (("x", x), ("y", y)):
+        check_tensor(name, tensor)
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     x, y = x.detach().double(), y.detach().double()
@@ -76,7 +78,8 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
         >>> [share.item() for share in stats[:4]]
         [0.25, 0.25, 0.25, 0.5]
     """
-    f, x = resolve_format(format), x.detach()
+    check_tensor("x", x)
+    f, x = resolve(format), x.detach()
     y, codes = quantize(x, f, scale), encode(x, f, scale)
     if not isinstance(scale, Tensor):
         scale = x.new_full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -121,6 +124,8 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
         >>> bit_stall(w, g, 0.1, E3M4)
         tensor(0.5000, dtype=torch.float64)
     """
+    for name, tensor in (("w", w), ("g", g)):
+        check_tensor(name, tensor)
     w, g = w.detach(), g.detach()
     is_same = encode(w - lr * g, format, scale) == encode(w, format, scale)
     return (is_same & (g != 0)).mean(dtype=torch.float64)

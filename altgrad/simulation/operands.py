@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ops_registry.arithmetic import divide
 
-from ..quantization.formats import FP8Format
+from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
 from ..quantization.magnitudes import amax, percentile
 from ..quantization.ops import decode, encode, quantize
@@ -24,7 +24,6 @@ from ..quantization.scaling import (
     _least_error,
     _rounded_scale,
     as_scale,
-    resolve_format,
 )
 from .hadamard import hadamard
 from .random_bits import random_bits
@@ -73,7 +72,7 @@ def quantize_operand(
         x = hadamard(x)
     if rule is None or rule.format is None:
         return Operand(x)
-    f = resolve_format(rule.format)
+    f = resolve(rule.format)
     view, dims = grouped(x, rule)
     scales = find_scales(view, dims, rule, f, state)
     bits = random_bits(state.seed, view.shape, view.device) if rule.is_stochastic else None
@@ -98,9 +97,9 @@ def operand_dtype(dtype: torch.dtype, rule: Rule | None) -> torch.dtype:
     """bfloat16 for 16-bit x where it holds the values exactly, else float32; float32 and float64 stay."""
     if rule is None or rule.format is None or dtype in (torch.float32, torch.float64):
         return dtype
-    bits = 1 + resolve_format(rule.format).mantissa_bits
+    bits = 1 + resolve(rule.format).mantissa_bits
     if rule.scale_format is not None:
-        bits += 1 + resolve_format(rule.scale_format).mantissa_bits
+        bits += 1 + resolve(rule.scale_format).mantissa_bits
     elif rule.power_of_two is None and rule.per not in ("tensor", "row"):
         bits += 24
     return torch.bfloat16 if bits <= BFLOAT16_BITS else torch.float32
@@ -161,7 +160,7 @@ def _whole(t: Tensor) -> Tensor:
 
 def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:
     """Scales in a format of their own under one of the tensor, which is left out of the operand."""
-    g = resolve_format(rule.scale_format or "")
+    g = resolve(rule.scale_format or "")
     top = f.max_representable_value
     largest = PerTensor().apply(amax, view if rule.method == "percentile" else statistic)
     outer = as_scale(largest, top * g.max_representable_value).reshape(())

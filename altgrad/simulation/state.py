@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ops_registry.arithmetic import divide
 
-from ..quantization.scaling import resolve_format
+from ..quantization.formats import resolve
 from .products import ProductState
 from .published import as_recipe
 from .recipes import Recipe
@@ -155,4 +155,4 @@ def _reach(rule: Any) -> tuple[float, float]:
     """The largest value of a rule's format, and its headroom."""
     if rule is None or rule.format is None:
         return 1.0, 1.0
-    return resolve_format(rule.format).max_representable_value, rule.headroom
+    return resolve(rule.format).max_representable_value, rule.headroom
