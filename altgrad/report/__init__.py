@@ -2,6 +2,7 @@
 
 from .assign import Assignment, assign
 from .candidates import DEFAULT, Candidate, candidate
+from .measure import measure
 from .results import Layer, LeftOut, Report, Score
 from .weights import report_weights
 
@@ -15,5 +16,6 @@ __all__ = [
     "Score",
     "assign",
     "candidate",
+    "measure",
     "report_weights",
 ]

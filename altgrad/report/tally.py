@@ -92,7 +92,7 @@ class Tally:
     codes: Tensor
     clipped: int = 0
     error: float = 0.0
-    sensitivity: float = 0.0
+    sensitivity: float | None = None
     smallest: float = math.inf
     largest: float = 0.0
     zero_codes: list[int] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Tally:
             self.codes + other.codes,
             self.clipped + other.clipped,
             self.error + other.error,
-            self.sensitivity + other.sensitivity,
+            self.sensitivity,
             min(self.smallest, other.smallest),
             max(self.largest, other.largest),
             self.zero_codes,
@@ -118,6 +118,7 @@ class Tally:
             used_bits=math.log2(used),
             scale_spread=math.log2(self.largest / self.smallest) if self.smallest <= self.largest else math.nan,
             bits=bits,
+            sensitivity=self.sensitivity,
         )
 
 
@@ -167,7 +168,7 @@ def add(tally: Tally, x: Tensor, candidate: Candidate, scale_of: ScaleFunction, 
     error = x.double() - candidate.granularity.apply(visit, x)
     tally.error += _energy(error)
     if weight is not None:
-        tally.sensitivity += float((error.square_() * weight).sum())
+        tally.sensitivity = (tally.sensitivity or 0.0) + float((error.square_() * weight).sum())
 
 
 def _clipped(x: Tensor, f: FP8Format, scale: Tensor) -> int:

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from .operands import Operand, State, quantize_operand
 from .recipes import Product, Recipe, Rule
-from .watch import announce
+from .watch import announce, recorders
 
 
 class ProductState(NamedTuple):
@@ -29,7 +29,10 @@ class ProductState(NamedTuple):
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, state: ProductState) -> Tensor:
     """``a b^T + bias`` and its gradients by a recipe: a [batch, M, K], b [batch, N, K], or both without batch."""
-    return _Product.apply(a, b, bias, *state, recipe)[0]  # type: ignore[no-untyped-call]
+    y = _Product.apply(a, b, bias, *state, recipe)[0]  # type: ignore[no-untyped-call]
+    for record in recorders:
+        record(a, b, recipe, y)
+    return y
 
 
 class _Product(torch.autograd.Function):

@@ -1,9 +1,13 @@
-"""Who wants to hear of products before they run: coverage, while it counts."""
+"""Who wants to hear of products: coverage before they run, while it counts; a report of their operands."""
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 observers: list[Callable[[bool | None], Any]] = []
+# Each is called with what product was called with, a and b and the recipe, and with its result.
+recorders: list[Callable[[Tensor, Tensor, Any, Tensor], Any]] = []
 
 
 def announce(is_simulated: bool | None) -> None:

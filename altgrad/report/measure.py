@@ -1,0 +1,251 @@
+"""The report of a model on data: weights, activations and gradients, each operand of each product.
+
+The layers run their products by :mod:`altgrad.simulation` with a recipe that rounds nothing, and say what the operands
+are: those that ``simulate`` will round, in its orientation, rows by contraction.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..simulation import Recipe, SimulationState
+from ..simulation.coverage import _buffers_restored
+from ..simulation.layers import Simulated, kind_of, switch, switch_back
+from ..simulation.model import _check_layer, _close_fast_paths, _open_fast_paths
+from ..simulation.watch import recorders
+from .candidates import DEFAULT, Candidate, candidates
+from .results import Layer, LeftOut, Report
+from .tally import Signal, Tally, add, empty_tally, parts, scale_function
+
+OPERANDS = ("forward.x", "forward.w", "grad_input.dy", "grad_input.w", "grad_weight.dy", "grad_weight.x")
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def measure(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, candidates: Iterable[str] = DEFAULT, *, samples: int = 0
+) -> Report:
+    """What each candidate does to each operand of the three products of each layer, in one pass over the data.
+
+    ``y = x w^T`` has the operands x [tokens, in] and w [out, in]; ``dx = dy w`` has dy [tokens, out] and w [in, out];
+    ``dw = dy^T x`` has dy [out, tokens] and x [in, tokens]: a scale of a row or block runs along the last, which the
+    product contracts. Layers are those that :func:`altgrad.simulation.simulate` can switch. For the operands of the
+    forward product a sensitivity says what an error does to the loss: the sum of squared gradient times squared error,
+    the mean over batches; ``samples / 2`` times it estimates by how much the loss grows.
+
+    Nothing is changed: gradients are not accumulated, buffers and the state of random generators are restored. Compiled
+    parts run without their compiled code. Beside the model a float32 copy of all weights is needed. The same model and
+    batches give the same report.
+
+    Args:
+        model: any module; its mode (train, eval) is kept.
+        batches: what loss takes.
+        loss: (model, batch) -> 0-d tensor, the mean loss of a batch.
+        candidates: names or spellings, see :func:`candidate`.
+        samples: how many terms a batch's loss is the mean of. 0: all dimensions of the model's output but the last.
+
+    Raises:
+        ValueError: an unknown candidate, no batches, a model without such layers, with simulated ones or without
+            gradients.
+        RuntimeError: a batch on which the model or the loss failed.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.report import measure
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> torch.nn.init.ones_(model.weight).requires_grad
+        True
+        >>> batches = [torch.tensor([[1.0, 100.0]])]
+        >>> report = measure(model, batches, lambda model, x: model(x).sum(), ["E2M1", "E4M3"])
+        >>> [score.flushed for score in report.layers[0].scores.values()]
+        [0.5, 0.0]
+    """
+    chosen = _candidates(candidates)
+    recording = _Recording(chosen)
+    total, count = 0.0, 0
+    sizes: list[float] = []
+    with _recorded(model, recording) as left_out, _sizes(model, sizes):
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        if not leaves:
+            raise ValueError("no parameter of the model requires a gradient")
+        for batch in batches:
+            try:
+                value = loss(model, batch)
+                torch.autograd.grad(value, leaves, allow_unused=True)
+                total += float(value.detach())
+            except Exception as error:
+                line = str(error).strip().partition("\n")[0]
+                raise RuntimeError(f"the model failed on batch {count}: {type(error).__name__}: {line}") from error
+            recording.end_batch()
+            count += 1
+    if count == 0:
+        raise ValueError("batches must not be empty")
+    layers = recording.layers(count)
+    if not layers:
+        raise ValueError("no gradient reached a layer")
+    left_out += [LeftOut(name, "no gradient reached it") for name in recording.names - {x.name for x in layers}]
+    mean_size = samples or (sum(sizes) / len(sizes) if sizes else 1)
+    return Report(type(model).__name__, [c.name for c in chosen], layers, left_out, total / count, mean_size)
+
+
+_candidates = candidates  # measure has an argument of that name
+
+
+@dataclass
+class _Operand:
+    """What was counted of an operand so far."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    signal: Signal
+    tallies: list[Tally]
+    bits: list[float]
+
+    def add(self, x: Tensor, chosen: list[Candidate], weight: Tensor | None) -> None:
+        """Counts x [..., rows, contraction]; weight as in :func:`add`."""
+        x = x.detach()
+        if x.ndim > 2 and all(isinstance(c.rule.per, str) or c.rule.block[0] == 1 for c in chosen):
+            x, weight = x.flatten(0, -2), None if weight is None else weight.flatten(0, -2)
+        functions = [scale_function(x, c) for c in chosen]
+        stack, weights = x.reshape(-1, *x.shape[-2:]), None if weight is None else weight.reshape(-1, *x.shape[-2:])
+        for index, matrix in enumerate(stack):
+            shares = None if weights is None else parts(weights[index], chosen)
+            for part in parts(matrix, chosen):
+                self.signal.add(part)
+                share = None if shares is None else next(shares)
+                for tally, c, scale_of in zip(self.tallies, chosen, functions):
+                    add(tally, part, c, scale_of, share)
+        for i, c in enumerate(chosen):
+            self.bits[i] += x.numel() * c.bits(x.numel() // x.shape[-1], x.shape[-1])
+
+
+@dataclass
+class _Weight:
+    """A weight, and its squared gradients of all batches; of this batch the gradient so far."""
+
+    name: str
+    value: Tensor
+    gradient: Tensor
+    squares: Tensor
+
+
+@dataclass
+class _Recording:
+    """Hears of products, and counts their operands."""
+
+    chosen: list[Candidate]
+    operands: dict[tuple[str, str], _Operand] = field(default_factory=dict)
+    weights: dict[tuple[str, int], _Weight] = field(default_factory=dict)
+    seen: dict[tuple[Any, ...], int] = field(default_factory=dict)  # the weights of this batch: the how-manieth
+    names: set[str] = field(default_factory=set)
+
+    def hear(self, x: Tensor, w: Tensor, recipe: Recipe, y: Tensor) -> None:
+        """x [..., tokens, in], w [..., out, in]; the recipe's name is that of the layer."""
+        self.names.add(recipe.name)
+        if y.requires_grad:
+            # Autocast makes another tensor of a weight for each batch, so its place in the batch says which it is.
+            place = (recipe.name, w.data_ptr(), w.shape, w.stride())
+            index = self.seen.setdefault(place, sum(name == recipe.name for name, *_ in self.seen))
+            y.register_hook(partial(self.count, recipe.name, index, x.detach(), w.detach()))
+
+    def count(self, name: str, index: int, x: Tensor, w: Tensor, dy: Tensor) -> None:
+        with torch.no_grad():
+            g, compute = dy.detach(), torch.promote_types(dy.dtype, torch.float32)
+            sensitivity = (g.to(compute) @ w.to(compute)).square_()
+            self.add(name, "forward.x", x, sensitivity)
+            self.add(name, "grad_input.dy", g)
+            self.add(name, "grad_weight.dy", g.mT)
+            self.add(name, "grad_weight.x", x.mT)
+            if (name, index) not in self.weights:
+                zeros = (torch.zeros(w.shape, dtype=compute, device=w.device) for _ in range(2))
+                self.weights[name, index] = _Weight(name, w, *zeros)
+            self.weights[name, index].gradient += g.to(compute).mT @ x.to(compute)
+
+    def add(self, name: str, operand: str, x: Tensor, weight: Tensor | None = None) -> None:
+        if (name, operand) not in self.operands:
+            tallies = [empty_tally(c) for c in self.chosen]
+            shape, dtype = tuple(x.shape), str(x.dtype).removeprefix("torch.")
+            self.operands[name, operand] = _Operand(shape, dtype, Signal(), tallies, [0.0] * len(tallies))
+        self.operands[name, operand].add(x, self.chosen, weight)
+
+    def end_batch(self) -> None:
+        for weight in self.weights.values():
+            weight.squares += weight.gradient.square_()
+            weight.gradient.zero_()
+        self.seen.clear()
+
+    def layers(self, batches: int) -> list[Layer]:
+        """A layer of the report for each operand, in the order of the layers' first gradients reversed."""
+        for weight in self.weights.values():
+            self.add(weight.name, "forward.w", weight.value, weight.squares)
+            self.add(weight.name, "grad_input.w", weight.value.mT)
+        names = list(dict.fromkeys(name for name, _ in self.operands))[::-1]
+        found = ((name, operand) for name in names for operand in OPERANDS)
+        return [self.layer(*key, batches) for key in found if key in self.operands]
+
+    def layer(self, name: str, operand: str, batches: int) -> Layer:
+        counted = self.operands[name, operand]
+        signal = counted.signal
+        scores = {}
+        for c, tally, bits in zip(self.chosen, counted.tallies, counted.bits):
+            if tally.sensitivity is not None:
+                tally.sensitivity /= batches
+            scores[c.name] = tally.score(signal, bits / signal.count)
+        numbers = (signal.count, signal.zeros, signal.nan, signal.infinite, signal.octaves())
+        return Layer(name, operand, counted.shape, counted.dtype, *numbers, scores)
+
+
+@contextmanager
+def _recorded(model: nn.Module, recording: _Recording) -> Iterator[list[LeftOut]]:
+    """The model with layers that the recording hears of, and what stays as it was; everything is restored."""
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Simulated):
+            raise ValueError(f"{name or 'the model'} is simulated: restore the model first")
+        kind = kind_of(type(layer))
+        if kind is not None:
+            _check_layer(name, layer)
+            layers[name.replace("_orig_mod.", "")] = layer, kind
+    if not layers:
+        raise ValueError("the model has no layer that can be simulated")
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    switched: list[nn.Module] = []
+    recorders.append(recording.hear)
+    try:
+        for name, (layer, kind) in layers.items():
+            switch(layer, SimulationState(Recipe(name), name, products=kind.products(layer, False)))
+            switched.append(layer)
+        _close_fast_paths(model)
+        with (
+            torch.random.fork_rng(list(devices)),
+            _buffers_restored(model),
+            torch.compiler.set_stance("force_eager"),
+            torch.enable_grad(),
+        ):
+            yield []
+    finally:
+        recorders.remove(recording.hear)
+        for layer in switched:
+            switch_back(layer)
+        _open_fast_paths(model)
+
+
+@contextmanager
+def _sizes(model: nn.Module, sizes: list[float]) -> Iterator[None]:
+    """Collects how many rows the model's outputs have."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        first = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.ndim > 0), None)
+        if first is not None:
+            sizes.append(first.numel() / max(first.shape[-1], 1))
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,186 @@
+"""altgrad.report.measure: operands as computed by hand, nothing left behind, and predictions beside losses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from altgrad.quantization import compute_scale, quantization_stats, quantize_blocks
+from altgrad.report import assign, candidate, measure
+from altgrad.simulation import register, simulate
+
+CANDIDATES = ["E4M3", "E2M1@row", "MXFP4", "NVFP4", "e3m2b3f@2x8/rceil"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.first = nn.Linear(4 * 16, 24)
+        self.dropout = nn.Dropout(0.2)
+        self.again = nn.Linear(24, 24, bias=False)
+        self.last = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = F.relu(self.first(self.norm(self.conv(x)).flatten(1)))
+        return self.last(self.again(F.relu(self.again(self.dropout(x)))))
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def batches():
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 2, 4, 4, generator=g), torch.randint(5, (n,), generator=g)) for n in (6, 8)]
+
+
+def score(report, name, operand):
+    return next(layer for layer in report.layers if (layer.name, layer.operand) == (name, operand)).scores
+
+
+def test_operands_are_those_of_the_layer(batches):
+    """All six operands of a linear layer, with gradients from autograd, under candidates of every granularity."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 5))
+    batch = batches[1]
+    report = measure(model, [batch], loss, CANDIDATES)
+    x = model[2](model[1](batch[0].flatten(1))).detach().requires_grad_()
+    w = model[3].weight
+    y = F.linear(x, w, model[3].bias)
+    value = F.cross_entropy(y, batch[1])
+    dy, dx, dw = torch.autograd.grad(value, [y, x, w])
+    w = w.detach()
+    operands = {
+        "forward.x": (x.detach(), dx),
+        "forward.w": (w, dw),
+        "grad_input.dy": (dy, None),
+        "grad_input.w": (w.T, None),
+        "grad_weight.dy": (dy.T, None),
+        "grad_weight.x": (x.detach().T, None),
+    }
+    assert report.loss == pytest.approx(value.item())
+    assert report.samples == 8
+    for operand, (t, gradient) in operands.items():
+        for name in CANDIDATES:
+            c, got = candidate(name), score(report, "3", operand)[candidate(name).name]
+            scale = compute_scale(t, c.format, granularity=c.granularity, **c.keywords)
+            want = quantization_stats(t, c.format, scale)
+            assert (got.clipped, got.flushed, got.used_bits) == (want.clipped, want.flushed, want.used_bits)
+            assert got.sqnr == pytest.approx(want.sqnr.item(), rel=1e-12)
+            assert got.bits == pytest.approx(c.bits(*t.shape), rel=1e-12)
+            if gradient is None:
+                assert got.sensitivity is None
+            else:
+                error = quantize_blocks(t, c.format, granularity=c.granularity, **c.keywords).double() - t.double()
+                assert got.sensitivity == pytest.approx((error * gradient).square().sum().item(), rel=1e-4)
+
+
+def test_every_layer_is_measured_and_nothing_is_left_behind(net, batches):
+    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    report = measure(net, batches, loss, CANDIDATES)
+    assert list(dict.fromkeys(layer.name for layer in report.layers)) == ["conv", "first", "again", "last"]
+    assert len(report.layers) == 24 and report.left_out == []
+    assert all(p.grad is None for p in net.parameters())
+    assert all(value.equal(before[name]) for name, value in net.state_dict().items())
+    assert torch.get_rng_state().equal(rng)
+    assert type(net.first) is nn.Linear and not net._forward_hooks
+    counts = {layer.name: layer.count for layer in report.layers if layer.operand == "forward.w"}
+    assert counts == {"conv": 36, "first": 64 * 24, "again": 24 * 24, "last": 120}  # again, run twice, counts once
+    again = measure(net, batches, loss, CANDIDATES)
+    assert again.to_json() == report.to_json()
+
+
+@pytest.mark.parametrize("compiled", ["whole", "part"])
+def test_compiled_modules_are_seen(net, batches, compiled):
+    want = measure(net, batches, loss, ["E4M3", "MXFP4"])
+    torch.compiler.reset()
+    if compiled == "part":
+        net.first.compile(backend="eager")
+        model = net
+    else:
+        model = torch.compile(net, backend="eager")
+    torch.manual_seed(0)
+    before = loss(model.eval(), batches[0])
+    got = measure(model.train(), batches, loss, ["E4M3", "MXFP4"])
+    torch.manual_seed(0)
+    assert loss(model.eval(), batches[0]).equal(before)
+    assert [(layer.name, layer.operand) for layer in got.layers] == [(x.name, x.operand) for x in want.layers]
+    assert len(got.layers) == 24
+
+
+def test_bfloat16_autocast_attention_and_registered_layers(batches):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(32, 8))
+
+        def forward(self, x):
+            return x @ self.kernel
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.attention = Dense(), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.dense(x.flatten(1)).unsqueeze(0)
+            return self.attention(h, h, h)[0][0, :, :5]
+
+    register(Dense, weight="kernel", layout="KN")
+    torch.manual_seed(0)
+    model = Model()
+    with torch.autocast("cpu", torch.bfloat16):
+        report = measure(model, batches, loss, ["E4M3", "MXFP4"])
+    names = {layer.name for layer in report.layers}
+    assert names == {"dense", "attention", "attention.out_proj"}
+    assert {layer.dtype for layer in report.layers} == {"bfloat16"}
+    weight = next(layer for layer in report.layers if (layer.name, layer.operand) == ("attention", "forward.w"))
+    assert weight.count == 3 * 64
+
+
+def test_bad_input(net, batches):
+    with pytest.raises(ValueError, match="batches must not be empty"):
+        measure(net, [], loss)
+    with pytest.raises(ValueError, match="unknown format"):
+        measure(net, batches, loss, ["E9M9"])
+    with pytest.raises(RuntimeError, match="the model failed on batch 0: ValueError: x ") as raised:
+        measure(net, [(torch.randn(2, 3), torch.zeros(2))], loss)
+    assert "\n" not in str(raised.value) and type(net.first) is nn.Linear
+    with pytest.raises(ValueError, match="no layer that can be simulated"):
+        measure(nn.LayerNorm(3), batches, loss)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        measure(copy.deepcopy(net).requires_grad_(False), batches, loss)
+    simulated = copy.deepcopy(net)
+    simulate(simulated, "mxfp8")
+    with pytest.raises(ValueError, match="restore the model first"):
+        measure(simulated, batches, loss)
+
+
+def test_a_layer_behind_the_first_gradient_is_named(net, batches):
+    net.conv.requires_grad_(False)
+    report = measure(net, batches, loss, ["E4M3"])
+    assert report.left_out == [("conv", "no gradient reached it")]
+
+
+def test_verified(net, batches):
+    net.eval()
+    report = measure(net, batches, loss, ["E2M1", "E3M2", "E4M3"])
+    for activations in (False, True):
+        choice = assign(report, 6.2, activations=activations, model=net, verify=True, batches=batches, loss=loss)
+        assert set(choice.bits) == {"weights", "activations"} if activations else {"weights"}
+        assert all(bits <= 6.2 for bits in choice.bits.values())
+        assert choice.loss != report.loss and choice.predicted > report.loss
+        sides = {"forward.x", "forward.w"} if activations else {"forward.w"}
+        assert all(set(operands) == sides for operands in choice.choices.values())
+        assert type(net.first) is nn.Linear
