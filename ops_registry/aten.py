@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import compute_dtype, divide
-from .checks import check_amax, check_decode, check_dequantize, check_quantize
+from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
 from .formats import FP8Format
 from .layout import with_layout_of_input
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
@@ -160,23 +160,21 @@ def unpack(codes: Tensor, format: FP8Format, dtype: torch.dtype) -> Tensor:
     return value * (1.0 - 2.0 * is_negative.to(dtype))
 
 
-def multiply(r: Tensor, q: Tensor, x: Tensor, scale: Tensor, format: FP8Format) -> Tensor:
-    """The magnitude r with the sign of q, times scale, in x's dtype."""
+def with_sign_of(r: Tensor, q: Tensor, format: FP8Format) -> Tensor:
+    """The magnitude r with the sign of q."""
     signed = torch.copysign(r, q)
-    if not format.has_negative_zero:
-        signed = torch.where(r > 0, signed, r)
-    return (signed * scale.to(q.dtype)).to(x.dtype)
+    return signed if format.has_negative_zero else torch.where(r > 0, signed, r)
 
 
-def multiply_portable(r: Tensor, q: Tensor, x: Tensor, scale: Tensor, format: FP8Format) -> Tensor:
-    """:func:`multiply` bit for bit, for ONNX: it has no copysign, and its runtime's `where` drops the sign of zero.
+def with_sign_of_portable(r: Tensor, q: Tensor, format: FP8Format) -> Tensor:
+    """:func:`with_sign_of` bit for bit, for ONNX: it has no copysign, and its runtime's `where` drops the sign of zero.
 
     The reciprocal in it costs 30 % of the time of a compiled CPU kernel, so it is not the only one.
     """
     is_negative = has_sign_bit(q) if format.has_negative_zero else q < 0
     if not format.has_negative_zero:
         is_negative = is_negative & (r > 0)
-    return (r * (1.0 - 2.0 * is_negative.to(q.dtype)) * scale.to(q.dtype)).to(x.dtype)
+    return r * (1.0 - 2.0 * is_negative.to(q.dtype))
 
 
 def quantize(
@@ -186,11 +184,26 @@ def quantize(
     saturation: str = SATURATIONS[0],
     rounding: str = ROUNDINGS[0],
     random_bits: Tensor | None = None,
-    multiply: Callable[..., Tensor] = multiply,
+    sign: Callable[..., Tensor] = with_sign_of,
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     q = divide(x, scale, rounding)
-    return multiply(project(q, f, saturation, rounding, random_bits), q, x, scale, f)
+    return (sign(project(q, f, saturation, rounding, random_bits), q, f) * scale.to(q.dtype)).to(x.dtype)
+
+
+def project_to(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+    sign: Callable[..., Tensor] = with_sign_of,
+) -> Tensor:
+    f = check_project(x, scale, format, saturation, rounding, dtype, random_bits)
+    q = divide(x, scale, rounding)
+    return sign(project(q, f, saturation, rounding, random_bits), q, f).to(dtype or x.dtype)
 
 
 def encode(
@@ -206,8 +219,8 @@ def encode(
     return pack(project(q, f, saturation, rounding, random_bits), has_sign_bit(q), f)
 
 
-def quantize_gradient(x: Tensor, *args: Any) -> Tensor:
-    check_quantize(x, *args)
+def quantize_gradient(x: Tensor, *args: Any, **random_bits: Any) -> Tensor:
+    check_quantize(x, *args, **random_bits)
     return x
 
 
@@ -249,6 +262,7 @@ FORMULAS = with_twins(
         "quantize": quantize,
         "encode": encode,
         "quantize_gradient": quantize_gradient,
+        "project": project_to,
         "decode": decode,
         "dequantize": dequantize,
         "amax": amax,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arithmetic import divide
 from .operators import OPERATORS, library
 
 try:
@@ -61,18 +62,29 @@ def _quantize_stochastic(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.altgrad.quantize_stochastic(grad, *ctx.saved_tensors, *ctx.options)
 
 
+def _unscale(ctx: Any, grad: Tensor) -> Tensor:
+    return divide(grad, *ctx.saved_tensors).to(grad.dtype)  # autograd casts it to x's dtype
+
+
+def _unscale_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
+    dtype = next((option for option in ctx.options if isinstance(option, torch.dtype)), tangent.dtype)
+    return divide(tangent, *ctx.saved_tensors).to(dtype)
+
+
 RULES = {
     "quantize": Rule(_alias, _view),
     "quantize_stochastic": Rule(_alias, _view),
     "quantize_gradient": Rule(_quantize, _view, saves=1),
     "quantize_gradient_stochastic": Rule(_quantize_stochastic, _view, saves=2),
+    "project": Rule(_unscale, _unscale_to_dtype, saves=1),
+    "project_stochastic": Rule(_unscale, _unscale_to_dtype, saves=1),
     "dequantize": Rule(_rescale, _rescale, saves=1),
     "encode": Rule(_none, _none),
     "encode_stochastic": Rule(_none, _none),
     "decode": Rule(_none, _none),
     "amax": Rule(_none, _none),
 }
-_NO_GRADIENTS = (None,) * 5  # for the arguments behind the first; autograd ignores the ones too many
+_NO_GRADIENTS = (None,) * 6  # for the arguments behind the first; autograd ignores the ones too many
 
 
 _option_keys: dict[tuple[Any, ...], int] = {}
@@ -83,7 +95,7 @@ def _save(rule: Rule, ctx: Any, inputs: tuple[Any, ...]) -> None:
         tensors = inputs[1 : 1 + rule.saves]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.options = inputs[1 + rule.saves :]
+        ctx.options = tuple(option for option in inputs[1 + rule.saves :] if not isinstance(option, Tensor))
 
 
 def _register_public(name: str, rule: Rule) -> None:

@@ -41,6 +41,22 @@ def check_quantize(
     return resolve(format)
 
 
+def check_project(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> FP8Format:
+    """Checks the arguments of project; returns the format."""
+    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
+    if dtype is not None and (dtype not in FLOAT_DTYPES or (dtype == torch.float64) != (x.dtype == torch.float64)):
+        raise TypeError(f"dtype must be float64 for float64 x, else float16, bfloat16 or float32, got {dtype}")
+    return f
+
+
 def _check_random_bits(random_bits: Tensor, x: Tensor) -> None:
     if random_bits.dtype not in RANDOM_BITS:
         raise TypeError(f"random_bits must have a dtype of {_names(RANDOM_BITS)}, got {random_bits.dtype}")

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from . import aten
 from .arithmetic import compute_dtype
-from .checks import check_amax, check_decode, check_dequantize, check_quantize
+from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
 from .formats import resolve
 from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
 from .operators import library, with_twins
 
-_QUANTIZE, _ENCODE, _DECODE, _DEQUANTIZE = range(4)
+_QUANTIZE, _ENCODE, _DECODE, _DEQUANTIZE, _PROJECTION = range(5)
 _DTYPES = {
     dtype: i
     for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32))
@@ -160,6 +160,20 @@ def quantize(
     return _project(_QUANTIZE, out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
+def project(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> Tensor:
+    check_project(x, scale, format, saturation, rounding, dtype, random_bits)
+    out = torch.empty_like(x, dtype=dtype)
+    return _project(_PROJECTION, out, x, scale, format, saturation, rounding, random_bits=random_bits)
+
+
 def encode(
     x: Tensor,
     scale: Tensor,
@@ -191,7 +205,16 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     return _run(plan, torch.empty_like(x), x, scale)
 
 
-KERNELS = with_twins({"quantize": quantize, "encode": encode, "decode": decode, "dequantize": dequantize, "amax": amax})
+KERNELS = with_twins(
+    {
+        "quantize": quantize,
+        "project": project,
+        "encode": encode,
+        "decode": decode,
+        "dequantize": dequantize,
+        "amax": amax,
+    }
+)
 
 if _native is not None:
     for _name, _kernel in KERNELS.items():

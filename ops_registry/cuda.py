@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import aten
-from .checks import check_decode, check_quantize
+from .checks import check_decode, check_project, check_quantize
 from .formats import FP8Format
 from .layout import strides_over
 from .modes import ROUNDINGS, SATURATIONS
@@ -155,9 +155,27 @@ def quantize(
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x)
-    if launch("project_kernel", out, scale, [x, out if random_bits is None else random_bits], f, saturation, rounding):
+    inputs = [x, out if random_bits is None else random_bits]
+    if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "multiplied"):
         return out
     return out.copy_(aten.quantize(x, scale, format, saturation, rounding, random_bits))
+
+
+def project(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> Tensor:
+    f = check_project(x, scale, format, saturation, rounding, dtype, random_bits)
+    out = torch.empty_like(x, dtype=dtype)
+    inputs = [x, out if random_bits is None else random_bits]
+    if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "projected"):
+        return out
+    return out.copy_(aten.project_to(x, scale, format, saturation, rounding, dtype, random_bits))
 
 
 def encode(
@@ -170,7 +188,8 @@ def encode(
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x, dtype=torch.uint8)
-    if launch("project_kernel", out, scale, [x, out if random_bits is None else random_bits], f, saturation, rounding):
+    inputs = [x, out if random_bits is None else random_bits]
+    if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "packed"):
         return out
     return out.copy_(aten.encode(x, scale, format, saturation, rounding, random_bits))
 
@@ -183,7 +202,7 @@ def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None 
     return out.copy_(aten.decode(codes, scale, format, dtype))
 
 
-KERNELS = with_twins({"quantize": quantize, "encode": encode, "decode": decode})
+KERNELS = with_twins({"quantize": quantize, "project": project, "encode": encode, "decode": decode})
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

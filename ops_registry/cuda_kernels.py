@@ -268,6 +268,7 @@ def load_scale(
 def project_block(
     x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+    result: tl.constexpr,
 ):  # fmt: skip
     i = elements_of(base, row_stride, walk, rows, columns)
     mask = None if n is None else elements_exist(base, row_stride, n, walk, rows, columns)
@@ -282,8 +283,10 @@ def project_block(
     by_reciprocal: tl.constexpr = is_nearest and compute == tl.float32 and not walk.moves_in_row
     a, is_infinite, q = quotient(x.to(compute), scale, limit, by_reciprocal)
     r = project(a, is_infinite, q < 0, random, format, saturation, rounding)
-    if out_ptr.dtype.element_ty == tl.uint8:
+    if result == "packed":
         tl.store(out_ptr + i, pack(r, q, format), mask)
+    elif result == "projected":
+        tl.store(out_ptr + i, with_sign_of(r, q, format).to(out_ptr.dtype.element_ty), mask)
     else:  # multiply
         tl.store(out_ptr + i, (with_sign_of(r, q, format) * scale).to(x.dtype), mask)
 
@@ -326,19 +329,20 @@ def project_kernel(
     scale_ptr, x_ptr, random_ptr, out_ptr, n: tl.int64, size0: tl.int64, size1: tl.int64, size2: tl.int64,
     stride0: tl.int64, stride1: tl.int64, stride2: tl.int64, stride3: tl.int64, walk: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+    result: tl.constexpr,
 ):  # fmt: skip
-    """quantize and, where out is uint8, encode: n elements in memory order, a block a program."""
+    """quantize, project or encode, by the result: n elements in memory order, a block a program."""
     base, column, row_stride, n, sizes = place_of(n, size0, size1, size2, walk, rows, columns)
     strides = (stride0, stride1, stride2, stride3)
     if base + (rows - 1) * row_stride + columns <= n:  # without a mask, accesses are of 16 bytes whatever n is
         project_block(
             x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, None, sizes, strides, walk, rows, columns,
-            format, saturation, rounding,
+            format, saturation, rounding, result,
         )  # fmt: skip
     else:
         project_block(
             x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk, rows, columns,
-            format, saturation, rounding,
+            format, saturation, rounding, result,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from .aten import FORMULAS, multiply_portable, quantize
+from .aten import FORMULAS, project_to, quantize, with_sign_of_portable
 from .layout import with_layout_of_input
 from .operators import OPERATORS, library, with_twins
 
@@ -43,7 +43,9 @@ def _portable(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return decomposition
 
 
-_PORTABLE = FORMULAS | with_twins({"quantize": partial(quantize, multiply=multiply_portable)})
+_PORTABLE = FORMULAS | with_twins(
+    {name: partial(f, sign=with_sign_of_portable) for name, f in (("quantize", quantize), ("project", project_to))}
+)
 
 for _name, _formula in FORMULAS.items():
     _is_pointwise = OPERATORS[_name].is_pointwise

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .arithmetic import compute_dtype
-from .checks import check_amax, check_decode, check_dequantize, check_quantize
+from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
 from .modes import ROUNDINGS, SATURATIONS
 
 _PROJECTION = f'str format, str saturation="{SATURATIONS[0]}"'
 _ROUNDING = f'str rounding="{ROUNDINGS[0]}"'
 _DETERMINISTIC = f"(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor"
 _STOCHASTIC = f"(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor"
+_TO_DTYPE = ", ScalarType? dtype=None) -> Tensor"
 
 
 class Operator(NamedTuple):
@@ -41,8 +42,10 @@ class Operator(NamedTuple):
 def stochastic(deterministic: Callable[..., Any]) -> Callable[..., Any]:
     """The same function for the operator's stochastic twin, whose random bits come third and stand for the rounding."""
 
-    def twin(x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0]) -> Any:
-        return deterministic(x, scale, format, saturation, "stochastic", random_bits)
+    def twin(
+        x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0], *others: Any
+    ) -> Any:
+        return deterministic(x, scale, format, saturation, "stochastic", *others, random_bits=random_bits)
 
     return twin
 
@@ -55,6 +58,18 @@ def with_twins(functions: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
 
 def _like_x(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+def _projected(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str = SATURATIONS[0],
+    rounding: str = ROUNDINGS[0],
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
 def _codes(x: Tensor, *args: Any) -> Tensor:
@@ -77,6 +92,10 @@ OPERATORS = {
     "encode_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _codes),
     "quantize_gradient": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_gradient_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
+    "project": Operator(_DETERMINISTIC.replace(") -> Tensor", _TO_DTYPE), check_project, _projected),
+    "project_stochastic": Operator(
+        _STOCHASTIC.replace(") -> Tensor", _TO_DTYPE), stochastic(check_project), stochastic(_projected)
+    ),
     "decode": Operator(
         "(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor", check_decode, _values
     ),

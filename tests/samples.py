@@ -19,6 +19,11 @@ def random_bits(x):
     return integers(x, torch.int32) << 16
 
 
+def other_dtype(x):
+    """A dtype that project takes to, other than x's where there is another."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32 if x.itemsize == 2 else torch.bfloat16
+
+
 # name -> the arguments for a floating-point x and a scale that broadcasts to it
 SAMPLES = {
     "quantize": lambda x, scale: (x, scale, "E4M3", "none", "toward_zero"),
@@ -27,6 +32,8 @@ SAMPLES = {
     "encode_stochastic": lambda x, scale: (x, scale, random_bits(x), "E0M7", "finite"),
     "quantize_gradient": lambda x, scale: (x, scale, "E5M2"),
     "quantize_gradient_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
+    "project": lambda x, scale: (x, scale, "E3M4", "propagate", "toward_positive", other_dtype(x)),
+    "project_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
     "decode": lambda x, scale: (codes(x), scale, "E3M4", x.dtype),  # no NaN: opcheck takes it for a difference
     "dequantize": lambda x, scale: (x, scale),
     "amax": lambda x, scale: (x.unsqueeze(0), sorted({0, x.ndim})),

@@ -90,7 +90,7 @@ def test_stochastic_with_given_bits(f, saturation, bits_dtype, device):
 @roundings
 def test_the_portable_formulation_has_the_same_bits(f, saturation, rounding):
     x, scale = torch.cat([near_ties(f), random_bit_patterns(20_000)]) * 0.37, torch.tensor(0.37)
-    portable = aten.quantize(x, scale, f.name, saturation, rounding, multiply=aten.multiply_portable)
+    portable = aten.quantize(x, scale, f.name, saturation, rounding, sign=aten.with_sign_of_portable)
     assert_same_bits(portable, ag.quantize(x, scale, f.name, saturation, rounding), x)
 
 

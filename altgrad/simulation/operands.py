@@ -6,7 +6,7 @@ exact in bfloat16, so that a product on bfloat16 hardware multiplies the numbers
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ops_registry.arithmetic import divide
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
 from ..quantization.magnitudes import amax, percentile
-from ..quantization.ops import decode, encode, quantize
+from ..quantization.ops import quantize
 from ..quantization.scaling import (
     _MSE_FACTORS,
     _MSE_POWER_OF_TWO_FACTORS,
@@ -76,21 +76,20 @@ def quantize_operand(
     view, dims = grouped(x, rule)
     scales = find_scales(view, dims, rule, f, state)
     bits = random_bits(state.seed, view.shape, view.device) if rule.is_stochastic else None
-    modes: dict[str, Any] = {"saturation": rule.saturation, "rounding": rule.rounding, "random_bits": bits}
     if scales.inner is scales.divisor and x.dtype == dtype:
-        values = quantize(view, f, scales.divisor, **modes)
+        values = quantize(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
     else:
-        values = projected(view, scales.divisor, f, dtype, modes)
+        values = projected(view, scales.divisor, f, rule, dtype, bits)
         if scales.inner is not None:
             values = values * scales.inner.to(dtype)
     return Operand(ungrouped(values, x, rule), scales.outer)
 
 
-def projected(x: Tensor, scale: Tensor, f: FP8Format, dtype: torch.dtype, modes: dict[str, Any]) -> Tensor:
+def projected(x: Tensor, scale: Tensor, f: FP8Format, rule: Rule, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
     """The value of x / scale in the format, not multiplied by the scale again."""
-    if f.has_nan and not torch.compiler.is_compiling():  # two passes of few bytes; NaN stays NaN
-        return decode(encode(x, f, scale, **modes), f, dtype=dtype)
-    return quantize(divide(x, scale, modes["rounding"]), f, **modes).to(dtype)  # one pass, compiled
+    if bits is None:
+        return torch.ops.altgrad.project(x, scale, f.name, rule.saturation, rule.rounding, dtype)
+    return torch.ops.altgrad.project_stochastic(x, scale, bits, f.name, rule.saturation, dtype)
 
 
 def operand_dtype(dtype: torch.dtype, rule: Rule | None) -> torch.dtype:

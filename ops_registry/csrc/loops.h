@@ -159,6 +159,15 @@ static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict sc
     }
 }
 
+/* x / scale in place of x, for a projection at scale 1. */
+static const FLOAT *NAME(divide)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
+                                 int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = x[i] / scale[varies ? i : 0];
+    }
+    return out;
+}
+
 static void NAME(dequantize)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
                              int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -171,11 +180,15 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const struct plan *p = c->plan;
     const struct NAME(format) f = NAME(prepare)(p);
     _Alignas(64) FLOAT x_buffer[CHUNK], scale_buffer[CHUNK], out_buffer[CHUNK];
+    _Alignas(64) FLOAT quotient_buffer[CHUNK], ones[CHUNK];
     uint64_t raw_buffers[OPERANDS][CHUNK];
     uint32_t random_buffer[CHUNK];
     struct stream streams[OPERANDS];
     for (int operand = 0; operand < OPERANDS; operand++) {
         streams[operand] = open_stream(c, operand, begin, raw_buffers[operand]);
+    }
+    for (int i = 0; p->operation == PROJECT && i < CHUNK; i++) {
+        ones[i] = 1;
     }
     const enum variant variant = variant_of(p);
     const int64_t run = streams[SCALE].run, period = streams[SCALE].period;
@@ -208,7 +221,10 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         }
         const int is_narrow = p->out_dtype == FLOAT16 || p->out_dtype == BFLOAT16;
         FLOAT *out = is_narrow ? out_buffer : (FLOAT *)to;
-        if (p->operation == QUANTIZE) {
+        if (p->operation == PROJECT) {
+            const FLOAT *quotients = NAME(divide)(x, scale, varies, quotient_buffer, n);
+            NAME(quantize)(quotients, ones, varies, random, out, n, variant, p->rounding, p->overflows, &f);
+        } else if (p->operation == QUANTIZE) {
             NAME(quantize)(x, scale, varies, random, out, n, variant, p->rounding, p->overflows, &f);
         } else if (p->operation == DECODE) {
             NAME(decode)(raw, scale, varies, out, n, &f);

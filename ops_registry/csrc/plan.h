@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum operation { QUANTIZE, ENCODE, DECODE, DEQUANTIZE };
+enum operation { QUANTIZE, ENCODE, DECODE, DEQUANTIZE, PROJECT };
 enum dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, UINT8, INT32 };
 enum rounding {
     NEAREST_TIES_TO_EVEN,
