@@ -269,8 +269,11 @@ FORMULAS = with_twins(
     }
 )
 
-for _name, _operator in OPERATORS.items():
-    _formula = FORMULAS[_name]
-    library.impl(
-        _name, with_layout_of_input(_formula) if _operator.is_pointwise else _formula, "CompositeExplicitAutograd"
-    )
+# The formulas with the layout of their operator.
+KERNELS = {
+    name: with_layout_of_input(formula) if OPERATORS[name].is_pointwise else formula
+    for name, formula in FORMULAS.items()
+}
+
+for _name, _kernel in KERNELS.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")

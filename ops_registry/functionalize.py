@@ -16,8 +16,7 @@ from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from .aten import FORMULAS, project_to, quantize, with_sign_of_portable
-from .layout import with_layout_of_input
+from .aten import FORMULAS, KERNELS, project_to, quantize, with_sign_of_portable
 from .operators import OPERATORS, library, with_twins
 
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
@@ -47,9 +46,7 @@ _PORTABLE = FORMULAS | with_twins(
     {name: partial(f, sign=with_sign_of_portable) for name, f in (("quantize", quantize), ("project", project_to))}
 )
 
-for _name, _formula in FORMULAS.items():
-    _is_pointwise = OPERATORS[_name].is_pointwise
-    _kernel = with_layout_of_input(_formula) if _is_pointwise else _formula
+for _name, _kernel in KERNELS.items():
     torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_kernel), lib=library)
     _op = getattr(torch.ops.altgrad, _name).default
-    register_decomposition(_op)(_portable(_PORTABLE[_name]) if _is_pointwise else _formula)
+    register_decomposition(_op)(_portable(_PORTABLE[_name]) if OPERATORS[_name].is_pointwise else _kernel)

@@ -462,6 +462,7 @@ def test_target_of_the_environment(target):
 def test_unknown_target_is_refused():
     with pytest.raises(AssertionError, match="ImportError: ALTGRAD_CPU_TARGET=sse9"):
         run_python(BACKEND, ALTGRAD_CPU_TARGET="sse9")
+    assert run_python(BACKEND, ALTGRAD_CPU_TARGET="") == cpu.backend()
 
 
 def build(directory, *args, **environment):
@@ -483,6 +484,19 @@ def test_build_without_a_compiler(tmp_path):
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.glob("ops_registry/*.so"))
     assert run_python(BACKEND, PYTHONPATH=str(tmp_path)) == "aten"
+    call = (
+        "import torch, altgrad; f = torch.ops.altgrad.dequantize; x = torch.ones(2); print(f(f(x, x), x).sum().item())"
+    )
+    for files, advice in (([], "no C compiler was found"), (["pyproject.toml"], "it is a source tree")):
+        for name in files:
+            (tmp_path / name).touch()
+        for target, warnings in (("", 1), ("aten", 0)):
+            environment = {"PYTHONPATH": str(tmp_path), "ALTGRAD_CPU_TARGET": target}
+            done = subprocess.run(
+                [sys.executable, "-c", call], env=os.environ | environment, capture_output=True, text=True
+            )
+            assert done.stdout == "2.0\n", done.stderr
+            assert done.stderr.count("without its C kernels") == done.stderr.count(advice) == warnings
 
 
 @needs_library

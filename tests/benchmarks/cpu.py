@@ -9,6 +9,7 @@ shows the work of others (on a quiet machine the two agree).
 """
 
 import ctypes
+import os
 import platform
 import random
 import sys
@@ -20,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-import reference  # noqa: E402
-from conftest import near_ties  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import reference
+from conftest import near_ties
 
-from altgrad.quantization import E4M3, FORMAT_REGISTRY, decode, encode, quantize  # noqa: E402
-from ops_registry import cpu  # noqa: E402
-from ops_registry.modes import DETERMINISTIC_ROUNDINGS  # noqa: E402
+from altgrad.quantization import E4M3, FORMAT_REGISTRY, decode, encode, quantize
+from ops_registry import cpu
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = {"64": 64, "64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
@@ -282,6 +283,8 @@ def draw(seconds: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
+    if cpu.backend() == "aten" and os.environ.get("ALTGRAD_CPU_TARGET") != "aten":
+        sys.exit(f"{cpu.__file__} has no C kernels beside it; ALTGRAD_CPU_TARGET=aten measures without them")
     keep_memory()
     table, seconds = peers_table()
     section = [

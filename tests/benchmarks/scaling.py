@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-from cpu import keep_memory  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from cpu import keep_memory
 
-from altgrad.quantization import (  # noqa: E402
+from altgrad.quantization import (
     E4M3,
     MXFP4,
     MXFP8_E4M3,
