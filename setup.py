@@ -59,10 +59,11 @@ class BuildKernels(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel for every Python of a platform."""
+    """One wheel for every Python of a platform; without the C kernels one for every platform."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        has_kernels = Path(self.bdist_dir, "ops_registry/_kernels.so").exists()
+        return "py3", "none", super().get_tag()[2] if has_kernels else "any"
 
 
 setup(
