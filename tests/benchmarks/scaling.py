@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from altgrad.quantization import (
     quantize_blocks,
 )
 
+warnings.filterwarnings("error", message="altgrad computes on the CPU without")  # ALTGRAD_CPU_TARGET=aten asks for it
 ROUNDS = 15
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Rows = dict[str, Callable[[], Tensor]]
