@@ -3,6 +3,12 @@
 Steps: divide, round, saturate, multiply; in the codecs also pack and unpack. Everything works on the magnitude of
 x / scale and puts the sign on last, so that zero keeps its sign. There are neither bit casts nor new tensors, so that
 ONNX and DTensor can follow, and no expression that contraction to a fused multiply-add would change.
+
+The words, which csrc/round.h and cuda_kernels.py share:
+
+    q = x / scale      a = |q|, limited to max or one value beyond      r   a rounded and saturated
+    power = 2^e        at or below a, e being at least min_exponent     quantum = power * 2^-M, the spacing of values
+    below              the value at or below a                          excess = a - below    nu = excess / quantum
 """
 
 import math
@@ -50,17 +56,16 @@ def round_nearest(a: Tensor, format: FP8Format) -> Tensor:
 
 
 def round_by(a: Tensor, format: FP8Format, rounds_away: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """a >= 0 to itself or to the neighbour on the grid that ``rounds_away(nearest, below, excess, step)`` chooses.
+    """a >= 0 to itself or to the neighbour on the grid that ``rounds_away(nearest, below, excess, quantum)`` chooses.
 
-    nearest is a rounded to nearest, below the value at or below a, step the distance from there to the next one, and
-    excess = a - below. All of this is exact.
+    nearest is a rounded to nearest. All of them are exact.
     """
     power = split(a, 1)
     power = torch.where(power > a, power * 0.5, power).clamp(min=2.0**format.min_exponent)
-    step = power * 2.0**-format.mantissa_bits
+    quantum = power * 2.0**-format.mantissa_bits
     nearest = round_nearest(a, format)
-    below = torch.where(nearest > a, nearest - step, nearest)
-    return torch.where(rounds_away(nearest, below, a - below, step), below + step, below)
+    below = torch.where(nearest > a, nearest - quantum, nearest)
+    return torch.where(rounds_away(nearest, below, a - below, quantum), below + quantum, below)
 
 
 def round_to_format(a: Tensor, format: FP8Format, rounding: str, is_negative: Tensor) -> Tensor:
@@ -68,15 +73,15 @@ def round_to_format(a: Tensor, format: FP8Format, rounding: str, is_negative: Te
     if rounding == "nearest_ties_to_even":
         return round_nearest(a, format)
 
-    def is_even(below: Tensor, step: Tensor) -> Tensor:  # for then the midpoint above it goes there
-        return round_nearest(below + step * 0.5, format) == below
+    def is_even(below: Tensor, quantum: Tensor) -> Tensor:  # for then the midpoint above it goes there
+        return round_nearest(below + quantum * 0.5, format) == below
 
     rounds_away: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-        "nearest_ties_to_away": lambda nearest, below, excess, step: excess >= step * 0.5,
-        "toward_zero": lambda nearest, below, excess, step: excess < 0,
-        "toward_positive": lambda nearest, below, excess, step: (nearest != a) & ~is_negative,
-        "toward_negative": lambda nearest, below, excess, step: (nearest != a) & is_negative,
-        "to_odd": lambda nearest, below, excess, step: (nearest != a) & is_even(below, step),
+        "nearest_ties_to_away": lambda nearest, below, excess, quantum: excess >= quantum * 0.5,
+        "toward_zero": lambda nearest, below, excess, quantum: excess < 0,
+        "toward_positive": lambda nearest, below, excess, quantum: (nearest != a) & ~is_negative,
+        "toward_negative": lambda nearest, below, excess, quantum: (nearest != a) & is_negative,
+        "to_odd": lambda nearest, below, excess, quantum: (nearest != a) & is_even(below, quantum),
     }
     return round_by(a, format, rounds_away[rounding])
 
@@ -84,11 +89,11 @@ def round_to_format(a: Tensor, format: FP8Format, rounding: str, is_negative: Te
 def round_stochastic(a: Tensor, format: FP8Format, random_bits: Tensor) -> Tensor:
     """P3109's StochasticA: up where floor(nu * 2^N) + R >= 2^N, with R the low N bits of random_bits.
 
-    nu = excess / step, so that is nu * 2^N >= 2^N - R; both sides times step / 2^N are exact.
+    That is nu * 2^N >= 2^N - R; both sides times quantum / 2^N are exact.
     """
     n = RANDOM_BITS[random_bits.dtype]
     r = (random_bits & ((1 << n) - 1)).to(a.dtype)  # N <= 24: every integer here is exact in float32
-    return round_by(a, format, lambda nearest, below, excess, step: excess >= (2.0**n - r) * (step * 2.0**-n))
+    return round_by(a, format, lambda nearest, below, excess, quantum: excess >= (2.0**n - r) * (quantum * 2.0**-n))
 
 
 def project(q: Tensor, format: FP8Format, saturation: str, rounding: str, random_bits: Tensor | None) -> Tensor:

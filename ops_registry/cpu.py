@@ -25,7 +25,8 @@ from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
 from .operators import library, with_twins
 
-_QUANTIZE, _ENCODE, _DECODE, _DEQUANTIZE, _PROJECTION = range(5)
+# The numbers of csrc/plan.h
+_OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
 _DTYPES = {
     dtype: i
     for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32))
@@ -86,7 +87,7 @@ def backend() -> str:
 
 @lru_cache(maxsize=4096)
 def _plan(
-    operation: int,
+    operation: str,
     x_dtype: torch.dtype,
     scale_dtype: torch.dtype,
     out_dtype: torch.dtype,
@@ -105,7 +106,7 @@ def _plan(
     limit_negative = f.max_code + (overflows and rounding not in ("toward_zero", "toward_positive"))
     is_double = torch.float64 in (x_dtype, out_dtype)
     dtypes = [_DTYPES[dtype] for dtype in (x_dtype, scale_dtype, random_dtype, out_dtype)]
-    fields = [operation, is_double, *dtypes, _ROUNDINGS[rounding], RANDOM_BITS[random_dtype]]
+    fields = [_OPERATIONS[operation], is_double, *dtypes, _ROUNDINGS[rounding], RANDOM_BITS[random_dtype]]
     fields += [f.mantissa_bits, f.min_exponent, f.bits - 1, f.max_code, nan_code]
     fields += [f.has_inf, f.has_nan, f.has_negative_zero]
     fields += [overflows, limit_positive, limit_negative, f.max_code + keeps_infinity]
@@ -159,7 +160,7 @@ def quantize(
 ) -> Tensor:
     check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x)
-    return _project(_QUANTIZE, out, x, scale, format, saturation, rounding, random_bits=random_bits)
+    return _project("quantize", out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
 def project(
@@ -173,7 +174,7 @@ def project(
 ) -> Tensor:
     check_project(x, scale, format, saturation, rounding, dtype, random_bits)
     out = torch.empty_like(x, dtype=dtype)
-    return _project(_PROJECTION, out, x, scale, format, saturation, rounding, random_bits=random_bits)
+    return _project("project", out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
 def encode(
@@ -186,10 +187,10 @@ def encode(
 ) -> Tensor:
     check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x, dtype=torch.uint8)
-    return _project(_ENCODE, out, x, scale, format, saturation, rounding, random_bits=random_bits)
+    return _project("encode", out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
-def _project(operation: int, out: Tensor, x: Tensor, scale: Tensor, *modes: str, random_bits: Tensor | None) -> Tensor:
+def _project(operation: str, out: Tensor, x: Tensor, scale: Tensor, *modes: str, random_bits: Tensor | None) -> Tensor:
     random_dtype = torch.int32 if random_bits is None else random_bits.dtype
     return _run(_plan(operation, x.dtype, scale.dtype, out.dtype, *modes, random_dtype), out, x, scale, random_bits)
 
@@ -197,13 +198,13 @@ def _project(operation: int, out: Tensor, x: Tensor, scale: Tensor, *modes: str,
 def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
     check_decode(codes, scale, format, dtype)
     dtype = dtype or torch.float32
-    plan = _plan(_DECODE, codes.dtype, scale.dtype, dtype, format)
+    plan = _plan("decode", codes.dtype, scale.dtype, dtype, format)
     return _run(plan, torch.empty_like(codes, dtype=dtype), codes, scale)
 
 
 def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     check_dequantize(x, scale)
-    plan = _plan(_DEQUANTIZE, x.dtype, scale.dtype, x.dtype, "E5M2")  # any format: it is not looked at
+    plan = _plan("dequantize", x.dtype, scale.dtype, x.dtype, "E5M2")  # any format: it is not looked at
     return _run(plan, torch.empty_like(x), x, scale)
 
 

@@ -2,6 +2,12 @@
 
 Steps as in ``aten.py``: divide, round, saturate, multiply; in the codecs also pack and unpack. Floats are taken apart
 through their bits, of float32 or of float64; ``format`` is an FP8Format, whose numbers become constants of the kernel.
+
+The words, which aten.py and csrc/round.h share:
+
+    q = x / scale      a = |q|, limited to max or one value beyond      r   a rounded and saturated
+    power = 2^e        at or below a, e being at least min_exponent     quantum = power * 2^-M, the spacing of values
+    below              the value at or below a                          excess = a - below    nu = excess / quantum
 """
 
 import triton
@@ -79,7 +85,7 @@ def round_nearest(a, format: tl.constexpr):
     """a >= 0 to the nearest value of the format, its exponent unbounded above; ties to the even code.
 
     a < 2 * power, so with magic = power * 2^(F - M), F the fraction bits of the float, a + magic is in
-    [magic, 2 * magic], where floats are power * 2^-M apart: the step of the format. Their sum is rounded to it, ties to
+    [magic, 2 * magic], where floats are a quantum apart. Their sum is rounded to it, ties to
     the even multiple, and subtracting magic is exact. For M > 0 the even multiple has the even code.
     """
     fraction_bits: tl.constexpr = 52 if a.dtype == tl.float64 else 23
@@ -96,15 +102,15 @@ def round_nearest(a, format: tl.constexpr):
 def round_by(a, is_negative, random, format: tl.constexpr, rounding: tl.constexpr):
     """a >= 0 to itself or to the neighbour on the grid that the mode chooses.
 
-    Scaling by powers of two is exact, but for nu, the distance from the value below in steps, which may underflow: it
-    is compared with 1/2 and 2^-24 only. is_inexact is exact.
+    Scaling by powers of two is exact, but for nu, which may underflow: it is compared with 1/2 and 2^-24 only. quanta
+    counts what is below, so nu comes without excess. is_inexact is exact.
     """
     power, exponent, reciprocal = power_of_two_below(a, format)
-    step = power * 2.0**-format.mantissa_bits
-    steps = a * (reciprocal * 2.0**format.mantissa_bits)
-    below = tl.floor(steps)
-    nu = steps - below
-    is_inexact = a > below * step
+    quantum = power * 2.0**-format.mantissa_bits
+    in_quanta = a * (reciprocal * 2.0**format.mantissa_bits)
+    quanta = tl.floor(in_quanta)
+    nu = in_quanta - quanta
+    is_inexact = a > quanta * quantum
     if rounding == "nearest_ties_to_away":
         away = nu >= 0.5
     elif rounding == "toward_zero":
@@ -114,7 +120,7 @@ def round_by(a, is_negative, random, format: tl.constexpr, rounding: tl.constexp
     elif rounding == "toward_negative":
         away = is_inexact & is_negative
     elif rounding == "to_odd":
-        half = below * 0.5
+        half = quanta * 0.5
         is_odd = half != tl.floor(half)
         if format.mantissa_bits == 0:
             is_odd = is_odd & code_is_odd(exponent, a.dtype, format)
@@ -124,7 +130,7 @@ def round_by(a, is_negative, random, format: tl.constexpr, rounding: tl.constexp
         n: tl.constexpr = 8 if random.dtype == tl.uint8 else 24
         r = (random & ((1 << n) - 1)).to(a.dtype)
         away = tl.floor(nu * 2.0**n) + r >= 2.0**n
-    return (below + away.to(a.dtype)) * step
+    return (quanta + away.to(a.dtype)) * quantum
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import concurrent.futures
 import ctypes
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,21 @@ def test_16_bit_conversions(kernels, dtype):
         assert_same_bits(kernels.decode(codes, s, "e7m0b64f", dtype), s.to(dtype), s)
 
 
+@pytest.mark.parametrize(
+    ("enumeration", "names"),
+    [
+        ("operation", cpu._OPERATIONS),
+        ("dtype", [str(dtype).removeprefix("torch.") for dtype in cpu._DTYPES]),
+        ("rounding", cpu._ROUNDINGS),
+    ],
+)
+def test_numbers_are_those_of_plan_h(enumeration, names):
+    """cpu.py numbers what plan.h enumerates."""
+    header = (Path(cpu.__file__).parent / "csrc/plan.h").read_text()
+    body = re.search(rf"enum {enumeration} {{(.*?)}};", header, re.S)[1]
+    assert [name.strip().lower() for name in body.split(",")] == list(names)
+
+
 @needs_library
 def test_sizes_and_guards(kernels):
     """No tail is wrong, no alignment matters, and nothing outside the output is written."""
@@ -171,8 +187,8 @@ def test_sizes_and_guards(kernels):
             offset = n % 7
             x = source.to(dtype)[offset : offset + n]
             for operation, out_dtype, want in (
-                (cpu._QUANTIZE, dtype, lambda x: aten.quantize(x, one, "E3M4")),
-                (cpu._ENCODE, torch.uint8, lambda x: aten.encode(x, one, "E3M4")),
+                ("quantize", dtype, lambda x: aten.quantize(x, one, "E3M4")),
+                ("encode", torch.uint8, lambda x: aten.encode(x, one, "E3M4")),
             ):
                 guarded = torch.full((n + 64,), 77, dtype=out_dtype)
                 out = guarded[offset + 1 : offset + 1 + n]
@@ -365,7 +381,7 @@ def test_lock_of_the_interpreter_is_released():
     x, one = torch.randn(1 << 23), torch.tensor(1.0)
     bits = torch.zeros(x.shape, dtype=torch.int32)
     out = torch.empty_like(x)
-    plan = cpu._plan(cpu._QUANTIZE, x.dtype, x.dtype, x.dtype, "E4M3", "finite", "stochastic")
+    plan = cpu._plan("quantize", x.dtype, x.dtype, x.dtype, "E4M3", "finite", "stochastic")
     counted, stop = [0], threading.Event()
 
     def count():

@@ -16,28 +16,6 @@
 #define INLINE static inline
 #endif
 
-/* GCC would narrow the parts of a code to bytes before it joins them, which takes more instructions. */
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define JOINED(code) __builtin_assoc_barrier(code)
-#else
-#define JOINED(code) (code)
-#endif
-
-/* Roundings to nearest, ties to even, that take fewer instructions than the general one, by what is special about the
- * format: nothing, M = 0, zero without sign. Magnitudes from special_from on, NaN at least, are beyond them. */
-enum variant { PLAIN, POWERS, UNSIGNED_ZERO, GENERAL };
-
-static enum variant variant_of(const struct plan *p) {
-    if (p->operation == DECODE || p->operation == DEQUANTIZE) { /* nothing is rounded */
-        return PLAIN;
-    }
-    const int is_power = p->mantissa_bits == 0;
-    if (p->rounding != NEAREST_TIES_TO_EVEN || p->overflows || (is_power && !p->has_negative_zero)) {
-        return GENERAL;
-    }
-    return is_power ? POWERS : p->has_negative_zero ? PLAIN : UNSIGNED_ZERO;
-}
-
 enum {
     CHUNK = 1024,  /* elements at a time: their buffers stay in the first-level cache */
     LONG_RUN = 128 /* elements that are worth a turn of their own for sharing a scale */
@@ -55,6 +33,7 @@ enum {
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #endif
 #include "round.h"
+#include "nearest.h"
 
 #include "operands.h"
 #include "loops.h"
@@ -78,7 +57,7 @@ enum {
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #endif
 #include "round.h"
-
+#include "nearest.h"
 #include "loops.h"
 
 #define JOIN(a, b) a##b

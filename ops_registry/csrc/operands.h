@@ -3,7 +3,7 @@
 /* float16 is one more format: 10 mantissa bits, exponents from -14. Its infinity has the code that follows its max. */
 #define FLOAT16_FORMAT                                                                                                 \
     {.mantissa_bits = 10,                                                                                              \
-     .min_step = (127 - 14) << 23,                                                                                     \
+     .min_power = (127 - 14) << 23,                                                                                     \
      .magic_offset = (13u << 23) - ((uint32_t)(127 - 14) << 10),                                                       \
      .limits = {(127 + 16) << 23}}
 #define FLOAT16_INFINITY 0x7c00u

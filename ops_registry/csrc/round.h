@@ -1,8 +1,14 @@
 /* The rounding, the same for every operator. kernels.c includes this once for each compute type, with these defined:
  * FLOAT, INT and UINT (integers of its width), FRACTION_BITS, EXPONENT_BIAS, and NAME(x), which tells the types apart.
  *
- * Steps: divide, round, saturate, multiply; in the codecs pack and unpack. Magnitudes are handled as their bits, which
- * compare as the numbers do, and nothing branches, so that loops over these functions vectorize.
+ * Steps: divide, round, saturate, multiply; in the codecs pack and unpack. The words of aten.py and cuda_kernels.py:
+ *
+ *   q = x / scale      a = |q|, limited to max or one value beyond      r   a rounded and saturated
+ *   power = 2^e        at or below a, e being at least min_exponent     quantum = power * 2^-M, the spacing of values
+ *   below              the value at or below a                          excess = a - below    nu = excess / quantum
+ *
+ * Magnitudes are handled as their bits, which compare as the numbers do, and nothing branches, so that loops over these
+ * functions vectorize.
  */
 
 #define SIGN ((UINT)1 << SIGN_SHIFT)
@@ -12,15 +18,15 @@
 
 /* A plan in the compute type; limits and values are bits of magnitudes. */
 struct NAME(format) {
-    UINT mantissa_bits, min_step, magic_offset;
+    UINT mantissa_bits, min_power, magic_offset;
     UINT limits[2], max_value, over_value;               /* limits: by the sign */
-    FLOAT quanta, code_quanta; /* what a step is multiplied by for the magic of project_nearest and of pack_nearest */
-    UINT power_quanta;         /* bits of the quanta for M = 0 at min_step, less its exponent */
+    FLOAT quanta, code_quanta; /* what a power is multiplied by for the magic of nearest.h, to project and to pack */
+    UINT power_quanta;         /* bits of the quanta for M = 0 at min_power, less its exponent */
     UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
     UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
     UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
     uint32_t random_mask;
-    FLOAT half_quantum, random_range, random_quantum;    /* quanta for a step of 1 */
+    FLOAT half_quantum, random_range, random_quantum;    /* quanta for a power of 1 */
 };
 
 INLINE FLOAT NAME(number)(UINT bits) {
@@ -44,14 +50,13 @@ INLINE UINT NAME(select)(UINT condition, UINT a, UINT b) { return b ^ ((a ^ b) &
 
 /* The number that rounds by being added.
  *
- * step is 2^e, e being the exponent of a magnitude but at least min_exponent, so values of the format are one quantum
- * q = 2^(e - M) apart there. magic is 2^FRACTION_BITS quanta, hence adding a to it rounds a to whole quanta. Its
- * fraction starts at (e - min_exponent) * 2^M instead of 0, and so the sum's fraction is the code: n quanta at e have
- * the code n + (e - min_exponent) * 2^M, also where n carries into the next exponent. IEEE's tie to the even fraction
- * thus is the tie to the even code, for subnormals and for M = 0 too.
+ * magic is 2^FRACTION_BITS quanta of power, hence adding a to it rounds a to whole quanta. Its fraction starts at
+ * (e - min_exponent) * 2^M instead of 0, and so the sum's fraction is the code: n quanta at e have the code
+ * n + (e - min_exponent) * 2^M, also where n carries into the next exponent. IEEE's tie to the even fraction thus is the
+ * tie to the even code, for subnormals and for M = 0 too.
  */
-INLINE UINT NAME(magic)(UINT step, const struct NAME(format) * f) {
-    return step + (step >> (FRACTION_BITS - f->mantissa_bits)) + f->magic_offset;
+INLINE UINT NAME(magic)(UINT power, const struct NAME(format) * f) {
+    return power + (power >> (FRACTION_BITS - f->mantissa_bits)) + f->magic_offset;
 }
 
 /* The magnitude that a sum of magic and quanta stands for. */
@@ -62,8 +67,8 @@ INLINE UINT NAME(magnitude)(UINT sum, UINT magic) { return NAME(bits)(NAME(numbe
 INLINE UINT NAME(value)(UINT code, const struct NAME(format) * f) {
     const UINT exponent_1 = (UINT)1 << FRACTION_BITS;
     UINT fields = code << (FRACTION_BITS - f->mantissa_bits);
-    UINT added = fields < exponent_1 ? exponent_1 : 0, one = fields < exponent_1 ? f->min_step : 0;
-    return NAME(bits)(NAME(number)(fields + added + (f->min_step - exponent_1)) - NAME(number)(one));
+    UINT added = fields < exponent_1 ? exponent_1 : 0, one = fields < exponent_1 ? f->min_power : 0;
+    return NAME(bits)(NAME(number)(fields + added + (f->min_power - exponent_1)) - NAME(number)(one));
 }
 
 /* The magnitude to round: beyond max nothing is told apart, and the arithmetic of rounding stays finite. */
@@ -75,30 +80,31 @@ INLINE UINT NAME(limit)(UINT bits, enum rounding rounding, const struct NAME(for
 /* Rounds a <= limit. Returns magic + the rounded value, whose fraction is the code; *magic is set. */
 INLINE UINT NAME(round)(UINT a, UINT is_negative, UINT random, enum rounding rounding, const struct NAME(format) * f,
                         UINT *magic) {
-    UINT step = NAME(max)(a & INFINITE, f->min_step);
-    *magic = NAME(magic)(step, f);
+    UINT power = NAME(max)(a & INFINITE, f->min_power);
+    *magic = NAME(magic)(power, f);
     UINT sum = NAME(bits)(NAME(number)(*magic) + NAME(number)(a));
     if (rounding == NEAREST_TIES_TO_EVEN) {
         return sum;
     }
     UINT nearest = NAME(magnitude)(sum, *magic);
     UINT is_inexact = nearest != a;
-    UINT below = sum - (nearest > a);
-    /* a < 2 * (the value below) or that is 0, so the difference is exact. */
-    FLOAT excess = NAME(number)(a) - NAME(number)(NAME(magnitude)(below, *magic)), unit = NAME(number)(step);
+    UINT sum_below = sum - (nearest > a); /* magic + below; its parity is that of the code */
+    /* a < 2 * below or below is 0, so the difference is exact. */
+    const FLOAT excess = NAME(number)(a) - NAME(number)(NAME(magnitude)(sum_below, *magic));
     switch (rounding) {
     case NEAREST_TIES_TO_AWAY:
-        return below + (excess >= unit * f->half_quantum);
+        return sum_below + (excess >= NAME(number)(power) * f->half_quantum);
     case TOWARD_POSITIVE:
-        return below + (is_inexact & (is_negative ^ 1));
+        return sum_below + (is_inexact & (is_negative ^ 1));
     case TOWARD_NEGATIVE:
-        return below + (is_inexact & is_negative);
+        return sum_below + (is_inexact & is_negative);
     case TO_ODD:
-        return below + (is_inexact & (below ^ 1) & 1);
-    case STOCHASTIC: /* P3109's StochasticA with nu = excess / quantum: floor(nu * 2^N) >= 2^N - R; all of it is exact */
-        return below + (excess >= (f->random_range - (FLOAT)(int32_t)random) * (unit * f->random_quantum));
+        return sum_below + (is_inexact & (sum_below ^ 1) & 1);
+    case STOCHASTIC: /* P3109's StochasticA, floor(nu * 2^N) >= 2^N - R, times quantum / 2^N; all of it is exact */
+        return sum_below +
+               (excess >= (f->random_range - (FLOAT)(int32_t)random) * (NAME(number)(power) * f->random_quantum));
     default:
-        return below;
+        return sum_below;
     }
 }
 
@@ -113,24 +119,6 @@ INLINE FLOAT NAME(project)(FLOAT q, UINT random, enum rounding rounding, int ove
     return NAME(number)(r | (bits & SIGN)) + NAME(number)(special);
 }
 
-/* For M = 0 the number of quanta that is magic in steps: 2^FRACTION_BITS, and one more from exponent to exponent. */
-INLINE FLOAT NAME(power_quanta)(UINT step, const struct NAME(format) * f) {
-    return NAME(number)(f->power_quanta + (step >> FRACTION_BITS));
-}
-
-/* project for a variant that is not GENERAL, right below f->special_from; *most becomes the largest |q| up to here. */
-INLINE FLOAT NAME(project_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f, UINT *most) {
-    UINT bits = NAME(bits)(q), a = bits & ~SIGN;
-    *most = NAME(max)(*most, a);
-    a = NAME(min)(a, f->limits[0]);
-    UINT step = NAME(max)(a & INFINITE, f->min_step);
-    /* For M > 0 the fraction of magic may be 0: codes are as even as their quanta. */
-    FLOAT unit = NAME(number)(step), quanta = variant == POWERS ? NAME(power_quanta)(step, f) : f->quanta;
-    FLOAT r = MULTIPLY_ADD(-unit, quanta, MULTIPLY_ADD(unit, quanta, NAME(number)(a)));
-    FLOAT y = NAME(number)(NAME(bits)(r) | (bits & SIGN));
-    return variant == UNSIGNED_ZERO ? y + (FLOAT)0 : y;
-}
-
 /* The code of the projection of q. What follows max in the order of codes is what overflow becomes: inf or NaN. */
 INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struct NAME(format) * f) {
     UINT bits = NAME(bits)(q), a = bits & ~SIGN, magic;
@@ -142,20 +130,6 @@ INLINE UINT NAME(pack)(FLOAT q, UINT random, enum rounding rounding, const struc
     return NAME(select)(a > INFINITE, f->nan_code, code);
 }
 
-/* pack as project_nearest, but zero has a sign in every variant. */
-INLINE UINT NAME(pack_nearest)(FLOAT q, enum variant variant, const struct NAME(format) * f, UINT *most) {
-    UINT bits = NAME(bits)(q), a = bits & ~SIGN, values = f->sign_code - 1;
-    *most = NAME(max)(*most, a);
-    a = NAME(min)(a, f->limits[0]);
-    UINT step = NAME(max)(a & INFINITE, f->min_step);
-    /* An even number of quanta in magic is no harm, and takes from the sum what the step's bits put there. */
-    FLOAT quanta = variant == POWERS ? NAME(power_quanta)(step, f) : f->code_quanta;
-    UINT sum = NAME(bits)(MULTIPLY_ADD(NAME(number)(step), quanta, NAME(number)(a)));
-    sum += variant == POWERS ? 0 : step >> (FRACTION_BITS - f->mantissa_bits);
-    UINT signs = bits >> f->sign_shift; /* from the bit of values on */
-    return JOINED(signs ^ ((signs ^ sum) & values));
-}
-
 /* The value of a code; without may_be_special, of one that is a number. */
 INLINE FLOAT NAME(unpack)(UINT code, int may_be_special, const struct NAME(format) * f) {
     UINT r = NAME(value)(code & (f->sign_code - 1), f);
@@ -165,15 +139,15 @@ INLINE FLOAT NAME(unpack)(UINT code, int may_be_special, const struct NAME(forma
 }
 
 static struct NAME(format) NAME(prepare)(const struct plan *p) {
-    UINT min_step = (UINT)(p->min_exponent + EXPONENT_BIAS) << FRACTION_BITS;
+    UINT min_power = (UINT)(p->min_exponent + EXPONENT_BIAS) << FRACTION_BITS;
     UINT nan_first = p->max_code + 1, sign_code = (UINT)1 << p->sign_bit;
-    UINT exponent_quanta = (0 - (min_step >> (FRACTION_BITS - p->mantissa_bits))) & (sign_code - 1);
+    UINT exponent_quanta = (0 - (min_power >> (FRACTION_BITS - p->mantissa_bits))) & (sign_code - 1);
     int saturates = p->infinite_code == p->max_code;
     struct NAME(format) f = {
         .mantissa_bits = p->mantissa_bits,
-        .min_step = min_step,
+        .min_power = min_power,
         .magic_offset = ((UINT)(FRACTION_BITS - p->mantissa_bits) << FRACTION_BITS) -
-                        (min_step >> (FRACTION_BITS - p->mantissa_bits)),
+                        (min_power >> (FRACTION_BITS - p->mantissa_bits)),
         .quanta = (FLOAT)((UINT)1 << (FRACTION_BITS - p->mantissa_bits)),
         .code_quanta = (FLOAT)(((UINT)1 << FRACTION_BITS) + exponent_quanta) / (FLOAT)((UINT)1 << p->mantissa_bits),
         .over_value = INFINITE + !p->has_inf,
@@ -195,14 +169,9 @@ static struct NAME(format) NAME(prepare)(const struct plan *p) {
         .random_range = (FLOAT)((int64_t)1 << p->random_bits),
         .random_quantum = 1 / (FLOAT)((int64_t)1 << (p->mantissa_bits + p->random_bits)),
     };
-    f.power_quanta = NAME(bits)(f.quanta) - (min_step >> FRACTION_BITS);
+    f.power_quanta = NAME(bits)(f.quanta) - (min_power >> FRACTION_BITS);
     f.max_value = NAME(value)(p->max_code, &f);
     f.limits[0] = NAME(value)(p->limit_codes[0], &f);
     f.limits[1] = NAME(value)(p->limit_codes[1], &f);
     return f;
 }
-
-#undef SIGN
-#undef INFINITE
-#undef SIGN_SHIFT
-#undef FRACTION_MASK
