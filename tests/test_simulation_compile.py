@@ -125,6 +125,28 @@ def test_inductor_is_eager(recipe):
     assert_same(*results)
 
 
+@pytest.mark.compiles
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp8_current"])
+def test_inductor_in_bfloat16_sees_the_operands_of_eager(recipe):
+    """Inductor keeps what it fuses in float32; the operand is rounded to bfloat16 all the same, where autocast says.
+
+    Results that stay in the compiled code are not rounded: of y, a few differ in the last bit for the bias.
+    """
+    for dtype, share in ((torch.bfloat16, 1.0), (torch.float32, 0.9)):
+        results = []
+        for compiles in (False, True):
+            torch.manual_seed(0)
+            layer, x = nn.Linear(64, 96).to(dtype), torch.randn(64, 64, dtype=dtype, requires_grad=True)
+            simulate(layer, recipe)
+            if compiles:
+                layer.compile(fullgraph=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+                y = layer(x)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+            results.append([t.bfloat16() for t in (y, *torch.autograd.grad(y, (x, layer.weight), dy))])
+        assert all((a == b).float().mean() >= share for a, b in zip(*results))
+
+
 def test_disabled_has_a_graph_of_its_own():
     model, x = Blocks(), torch.randn(2, 40)
     plain = copy.deepcopy(model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ops_registry.arithmetic import divide
+from ops_registry.aten import split
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
@@ -72,6 +73,10 @@ def quantize_operand(
         x = hadamard(x)
     if rule is None or rule.format is None:
         return Operand(x)
+    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16:
+        x = rounded_to_bfloat16(x)
+        # The product is one of float32 numbers there, and Inductor's C++ fails on two blocked operands of 16 bits.
+        dtype = torch.float32 if x.device.type == "cpu" else dtype
     f = resolve(rule.format)
     view, dims = grouped(x, rule)
     scales = find_scales(view, dims, rule, f, state)
@@ -83,6 +88,12 @@ def quantize_operand(
         if scales.inner is not None:
             values = values * scales.inner.to(dtype)
     return Operand(ungrouped(values, x, rule), scales.outer)
+
+
+def rounded_to_bfloat16(x: Tensor) -> Tensor:
+    """x in float32, rounded there: what a compiler fuses stays in float32, and its rounding to bfloat16 is dropped."""
+    x = x.float()
+    return torch.where(x.abs() < 2.0**100, split(x, BFLOAT16_BITS), x)  # beyond, the splitting could overflow
 
 
 def projected(x: Tensor, scale: Tensor, f: FP8Format, rule: Rule, dtype: torch.dtype, bits: Tensor | None) -> Tensor:

@@ -198,7 +198,10 @@ def _multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype,
         y = (torch.mm if b.ndim == 2 else torch.bmm)(a.to(common), b.to(common).mT, out_dtype=torch.float32)
     else:
         compute = torch.float64 if common == torch.float64 else torch.float32
-        y = a.to(compute) @ b.to(compute).mT
+        a, b = a.to(compute), b.to(compute)
+        if not scales and bias is not None and b.ndim == 2:
+            return torch.addmm(bias.to(compute), a, b.mT).to(dtype)  # what a compiler makes of the product and the sum
+        y = a @ b.mT
     for scale in scales:
         y = y * scale
     return (y if bias is None else y + bias).to(dtype)
