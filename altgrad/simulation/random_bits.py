@@ -11,7 +11,8 @@ _MASK = (1 << 32) - 1
 def random_bits(seed: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
     """int32 bits for stochastic rounding; seed is a 0-d int64 tensor."""
     assert seed is not None
-    h = torch.arange(shape.numel(), device=device).view(shape)
+    # The mask makes a value of the index: a product of it Inductor would take for an index, of 32 bits in Triton.
+    h = torch.arange(shape.numel(), device=device).view(shape) & _MASK
     h = (h * 0x9E3779B1 + (seed & _MASK)) & _MASK
     for word in (seed >> 32, seed):
         h = ((h ^ (h >> 16)) * 0x45D9F3B) & _MASK
