@@ -22,8 +22,9 @@ from .arithmetic import compute_dtype, divide
 from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
 from .formats import FP8Format
 from .layout import with_layout_of_input
-from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
+from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
+from .philox import random_bits as bits_of
 
 _FRACTION_BITS = {torch.float32: 23, torch.float64: 52}
 
@@ -92,6 +93,8 @@ def round_stochastic(a: Tensor, format: FP8Format, random_bits: Tensor) -> Tenso
     That is nu * 2^N >= 2^N - R; both sides times quantum / 2^N are exact.
     """
     n = RANDOM_BITS[random_bits.dtype]
+    if random_bits.dtype == SEED:
+        random_bits = bits_of(random_bits, a.shape)
     r = (random_bits & ((1 << n) - 1)).to(a.dtype)  # N <= 24: every integer here is exact in float32
     return round_by(a, format, lambda nearest, below, excess, quantum: excess >= (2.0**n - r) * (quantum * 2.0**-n))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .formats import FP8Format, resolve
-from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
+from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,7 +63,10 @@ def _check_random_bits(random_bits: Tensor, x: Tensor) -> None:
     _check_strided("random_bits", random_bits)
     if random_bits.device != x.device:
         raise RuntimeError(f"random_bits must be on the device of x, {x.device}, got {random_bits.device}")
-    if random_bits.shape != x.shape:
+    if random_bits.dtype == SEED:
+        if random_bits.ndim:
+            raise ValueError(f"random_bits of int64 are a seed, a 0-d tensor, got shape {tuple(random_bits.shape)}")
+    elif random_bits.shape != x.shape:
         raise ValueError(f"random_bits must have the shape of x, {tuple(x.shape)}, got {tuple(random_bits.shape)}")
 
 

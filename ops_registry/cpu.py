@@ -22,14 +22,14 @@ from .arithmetic import compute_dtype
 from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
 from .formats import resolve
 from .layout import strides_over
-from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS
+from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import library, with_twins
 
 # The numbers of csrc/plan.h
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
 _DTYPES = {
     dtype: i
-    for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32))
+    for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64))
 }
 _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
@@ -55,6 +55,8 @@ def _load() -> tuple[Any, str]:
     native.altgrad_run.restype = None
     native.altgrad_amax.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     native.altgrad_amax.restype = None
+    native.altgrad_random.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]
+    native.altgrad_random.restype = None
     target = select(native, wanted)
     if target is None:
         raise ImportError(f"ALTGRAD_CPU_TARGET={wanted} is neither aten nor an instruction set of this machine")
@@ -129,7 +131,8 @@ def _run(plan: bytes, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor
     # out is laid out as x by empty_like, so where x is contiguous they need no strides.
     if scale.numel() != 1 or not x.is_contiguous() or not random.is_contiguous():
         ndim = x.ndim
-        layout = _layout(x.shape, scale.shape, out.stride(), x.stride(), scale.stride(), random.stride())
+        random_strides = out.stride() if random.dtype == SEED else random.stride()
+        layout = _layout(x.shape, scale.shape, out.stride(), x.stride(), scale.stride(), random_strides)
     tensors = _tensors(n, out.data_ptr(), x.data_ptr(), scale.data_ptr(), random.data_ptr(), ndim)
     _native.altgrad_run(plan, tensors, layout)
     return out
@@ -190,7 +193,16 @@ def encode(
     return _project("encode", out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 
+def random_words(seed: Tensor, shape: Size) -> Tensor:
+    """The random words of a seed, as int32."""
+    words = torch.empty(shape, dtype=torch.int32)
+    _native.altgrad_random(words.numel(), words.data_ptr(), seed.item() % 2**64)
+    return words
+
+
 def _project(operation: str, out: Tensor, x: Tensor, scale: Tensor, *modes: str, random_bits: Tensor | None) -> Tensor:
+    if random_bits is not None and random_bits.dtype == SEED and not out.is_contiguous():
+        random_bits = random_words(random_bits, x.shape)  # the loops count in the order of memory
     random_dtype = torch.int32 if random_bits is None else random_bits.dtype
     return _run(_plan(operation, x.dtype, scale.dtype, out.dtype, *modes, random_dtype), out, x, scale, random_bits)
 

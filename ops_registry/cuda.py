@@ -17,8 +17,9 @@ from . import aten
 from .checks import check_decode, check_project, check_quantize
 from .formats import FP8Format
 from .layout import strides_over
-from .modes import ROUNDINGS, SATURATIONS
+from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import library, with_twins
+from .philox import random_bits as bits_of
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
@@ -106,7 +107,11 @@ def plan(shape: Size, x_strides: Size, scale_shape: Size, scale_strides: Size, b
 
 
 def in_order_of(out: Tensor, x: Tensor) -> Tensor:
-    """x laid out as out: itself where it is dense."""
+    """x laid out as out: itself where it is dense. A seed becomes bits where memory has another order than elements."""
+    if x.dtype == SEED:
+        if out.is_contiguous():
+            return x
+        x = bits_of(x, out.shape)
     return x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
 
 

@@ -271,6 +271,32 @@ def load_scale(
 
 
 @triton.jit
+def random_of(
+    random_ptr, i, mask, base, row_stride, rows: tl.constexpr, columns: tl.constexpr, is_wide: tl.constexpr
+):
+    """The random numbers of a block's elements: those given, or what follows from a seed as philox.py says.
+
+    Where rows are whole fours, a block of words serves four elements.
+    """
+    if random_ptr.dtype.element_ty != tl.int64:
+        return tl.load(random_ptr + i, mask)
+    seed = tl.load(random_ptr)
+    is_fours: tl.constexpr = columns % 4 == 0
+    if is_fours:
+        i = base + row_stride * tl.arange(0, rows)[:, None] + 4 * tl.arange(0, columns // 4)[None, :]
+    block = i >> 2
+    low = block.to(tl.uint32)
+    zero = low * 0
+    high = (block >> 32).to(tl.uint32) if is_wide else zero
+    x0, x1, x2, x3 = tl.philox(seed, low, high, zero, zero)
+    if is_fours:
+        return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(rows, columns).to(tl.int32, bitcast=True)
+    is_odd = i % 2 == 1
+    words = tl.where(i % 4 < 2, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
+    return words.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def project_block(
     x_ptr, scale_ptr, random_ptr, out_ptr, base, column, row_stride, n, sizes, strides, walk: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
@@ -281,7 +307,9 @@ def project_block(
     x = tl.load(x_ptr + i, mask)
     compute: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
     scale = load_scale(scale_ptr, base, column, n, sizes, strides, walk, rows, columns).to(compute)
-    random = tl.load(random_ptr + i, mask) if rounding == "stochastic" else None
+    random = None
+    if rounding == "stochastic":
+        random = random_of(random_ptr, i, mask, base, row_stride, rows, columns, walk.is_wide)
     # One step beyond max is enough to see an overflow.
     overflows: tl.constexpr = saturation == "none" and format.has_nan
     limit: tl.constexpr = format.overflow_value if overflows else format.max_representable_value

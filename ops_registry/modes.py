@@ -13,5 +13,7 @@ DETERMINISTIC_ROUNDINGS = (
 )
 ROUNDINGS = (*DETERMINISTIC_ROUNDINGS, "stochastic")
 # dtype of random_bits -> N, how many of its low bits are the random number. 24 bits reach every distance between two
-# values of a format that a float32 normal can have, so stochastic rounding of those is unbiased.
-RANDOM_BITS = {torch.int32: 24, torch.uint8: 8}
+# values of a format that a float32 normal can have, so stochastic rounding of those is unbiased. One int64 number is a
+# seed, from which the bits of every element follow (philox.py).
+SEED = torch.int64
+RANDOM_BITS = {torch.int32: 24, torch.uint8: 8, SEED: 24}

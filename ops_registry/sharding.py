@@ -5,13 +5,16 @@ placements at will. With this rule the output is placed as x is, and only a Part
 first. ``torch.distributed.tensor`` is not imported for it.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .operators import OPERATORS
+from .philox import random_words
 
 
 @cache
@@ -41,6 +44,8 @@ def _rule(tensors: int) -> Callable[..., Any]:
         x, scale = args[:2]
         others = [None] * (len(args) - tensors)
         choices = [([Replicate()], [Replicate()] * tensors + others)]
+        if any(like_x.ndim != x.ndim for like_x in args[2:tensors]):
+            return choices  # the elements of a part of x do not count as a seed counts them
         splits = {p: None for like_x in (x, *args[2:tensors]) for p in like_x.placements if hasattr(p, "dim")}
         lead = x.ndim - scale.ndim
         splits |= {Shard(p.dim + lead): None for p in scale.placements if p.is_shard()}
@@ -57,3 +62,19 @@ def _rule(tensors: int) -> Callable[..., Any]:
         return choices
 
     return placements
+
+
+def random_bits_like(x: Any, seed: Tensor) -> Any:
+    """The int32 random bits of a seed for a DTensor x, placed as x is: of each element by its index in the whole."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = [Replicate() if placement.is_partial() else placement for placement in x.placements]
+    sizes, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, placements)
+    index = torch.zeros((), dtype=torch.int64, device=seed.device)
+    for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        places = torch.arange(offset, offset + size, device=seed.device) * math.prod(x.shape[dim + 1 :])
+        index = index + places.view(-1, *[1] * (x.ndim - 1 - dim))
+    strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)]
+    bits = random_words(seed, index).to(torch.int32)
+    return DTensor.from_local(bits, x.device_mesh, placements, run_check=False, shape=x.shape, stride=tuple(strides))

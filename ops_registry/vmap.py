@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .modes import SEED
 from .operators import OPERATORS, library
+from .philox import random_bits as bits_of
 
 
 def _batched(name: str, tensors: int) -> Callable[..., tuple[Tensor, int]]:
@@ -21,7 +23,12 @@ def _batched(name: str, tensors: int) -> Callable[..., tuple[Tensor, int]]:
             # Behind the batch dimension scale broadcasts from the right, as it did without it.
             scale = scale.movedim(in_dims[1], 0)
             scale = scale.reshape(scale.shape[0], *[1] * (x.ndim - scale.ndim), *scale.shape[1:])
-        others = [stack(tensor, dim) for tensor, dim in zip(args[: tensors - 2], in_dims[2:], strict=False)]
+        others = []
+        for tensor, dim in zip(args[: tensors - 2], in_dims[2:], strict=False):
+            if tensor.dtype == SEED:  # one an example, or one for all: each example counts its own elements
+                tensor = bits_of(tensor.view(-1, *[1] * (x.ndim - 1)), x.shape[1:]).expand(x.shape)
+                dim = 0
+            others.append(stack(tensor, dim))
         return op(x, scale, *others, *args[tensors - 2 :]), 0
 
     return rule

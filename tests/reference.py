@@ -6,7 +6,7 @@ quotient is compared in float64, where every value, every midpoint and every flo
 
 from fractions import Fraction
 from functools import cache
-from itertools import pairwise
+from itertools import chain, count, islice, pairwise
 
 import numpy as np
 
@@ -157,3 +157,19 @@ def decode(f, codes, scale):
     table = np.array([decode_one(f, code % (2 * sign_bit(f))) for code in range(256)])
     with np.errstate(all="ignore"):
         return table[codes].astype(scale.dtype) * scale
+
+
+def random_words(seed, size):
+    """The random bits of elements 0 to size - 1 by Philox-4x32-10: element i has word i % 4 of the block i // 4."""
+    blocks = (philox([i & 0xFFFFFFFF, i >> 32, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]) for i in count())
+    return np.array([*islice(chain.from_iterable(blocks), size)], dtype=np.int64)
+
+
+def philox(counter, key):
+    """Philox-4x32-10 as in section 4 of Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011)."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        first, second = divmod(a * 0xD2511F53, 2**32), divmod(c * 0xCD9E8D57, 2**32)
+        a, b, c, d = second[0] ^ b ^ k, second[1], first[0] ^ d ^ m, first[1]
+        k, m = (k + 0x9E3779B9) % 2**32, (m + 0xBB67AE85) % 2**32
+    return a, b, c, d

@@ -1,17 +1,14 @@
 """The definition of a simulated layer, for tests: operands by tests/reference.py, products in float64.
 
-Arrays in, float64 arrays out. It reads the fields of rules, and shares nothing with altgrad.simulation but the random
-bits of a seed, which have a definition of their own in test_simulation_random.py.
+Arrays in, float64 arrays out. It reads the fields of rules, and shares nothing with altgrad.simulation.
 """
 
 import math
 
 import numpy as np
 import reference
-import torch
 
 from altgrad.quantization import resolve
-from altgrad.simulation.random_bits import random_bits
 
 SIGNS = np.array([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
 
@@ -60,7 +57,7 @@ def quantize(x, rule, seed=None, scale=None):
     padded = np.pad(x, [(0, -size % block if block else 0) for size, block in zip(x.shape, (rows, columns))])
     random = np.zeros(padded.shape, np.int64)
     if rule.rounding == "stochastic":
-        random = random_bits(torch.tensor(seed), torch.Size(padded.shape), torch.device("cpu")).numpy()
+        random = reference.random_words(int(seed), padded.size).reshape(padded.shape) % 2**24
     result = np.zeros(padded.shape)
     tensor_amax = np.abs(x).max(initial=0) * np.float32(rule.headroom)
     for i in range(0, padded.shape[0], rows):

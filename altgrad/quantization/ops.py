@@ -11,10 +11,12 @@ from ops_registry.arithmetic import compute_dtype
 from ops_registry.autograd import RULES, entry
 from ops_registry.checks import check_tensor
 from ops_registry.formats import format_name
-from ops_registry.modes import RANDOM_BITS
+from ops_registry.modes import SEED
+from ops_registry.sharding import random_bits_like
 
 from .formats import FP8Format
 
+_SEEDS = (1 << 63) - 1
 _OPERATORS = {name: entry(name) for name in RULES}
 
 
@@ -47,7 +49,9 @@ def quantize(
             ``"toward_negative"``, ``"to_odd"`` or ``"stochastic"``, as in IEEE P3109 4.7.4; parity is that of the code.
         random_bits: for stochastic rounding, an int32 (N = 24) or uint8 (N = 8) tensor of x's shape whose low N bits
             decide: a value is rounded away from zero where ``floor(nu * 2^N) + R >= 2^N``, nu being how far it is from
-            the value below it (P3109's StochasticA). None draws int32 bits.
+            the value below it (P3109's StochasticA). Or a seed, a 0-d int64 tensor on x's device: N = 24, and the bits
+            of element i in row-major order are word i mod 4 of the Philox-4x32-10 block of the counter i div 4 under
+            the key seed, whatever the layout and the device. None draws a seed.
         generator: what to draw from instead of the default generator of x's device.
 
     Returns:
@@ -80,9 +84,8 @@ def quantize_gradient(
 ) -> Tensor:
     """x unchanged; in the backward pass the incoming gradient is quantized: ``quantize(grad, format, scale, ...)``.
 
-    It gives gradients a format of their own, as in training with E4M3 forward and E5M2 backward. Random bits are drawn
-    (or taken) in the forward pass and kept for the backward pass: four bytes an element, one with given uint8
-    ``random_bits``. The gradient of the gradient is straight-through; forward-mode tangents pass unchanged. In eager
+    It gives gradients a format of their own, as in training with E4M3 forward and E5M2 backward. A seed is drawn (or
+    ``random_bits`` are taken) in the forward pass and kept for the backward pass. The gradient of the gradient is straight-through; forward-mode tangents pass unchanged. In eager
     the output is a copy of x; compiled there is none. Arguments and errors are those of :func:`quantize`; scale may
     also be a function, which gets the incoming gradient and gives its scale (not in forward mode, which raises).
 
@@ -313,12 +316,14 @@ def _random_bits(
         if random_bits is not None or generator is not None:
             raise ValueError(f"random_bits and generator need rounding='stochastic', got rounding={rounding!r}")
         return None
-    if random_bits is not None:
-        return random_bits
-    high = 1 << RANDOM_BITS[torch.int32]
-    if generator is None:  # Inductor fuses this draw, but not the overload with a generator
-        return torch.randint(high, x.shape, dtype=torch.int32, device=x.device)
-    return torch.randint(high, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    if random_bits is None:
+        if generator is None:  # Inductor fuses this draw, but not the overload with a generator
+            random_bits = torch.randint(_SEEDS, (), dtype=SEED, device=x.device)
+        else:
+            random_bits = torch.randint(_SEEDS, (), dtype=SEED, device=x.device, generator=generator)
+    if random_bits.dtype == SEED and random_bits.ndim == 0 and hasattr(x, "placements"):
+        return random_bits_like(x, random_bits)
+    return random_bits
 
 
 def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.device) -> Tensor:

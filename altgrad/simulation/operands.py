@@ -27,7 +27,6 @@ from ..quantization.scaling import (
     as_scale,
 )
 from .hadamard import hadamard
-from .random_bits import random_bits
 from .recipes import Rule
 
 BFLOAT16_BITS = 8
@@ -80,7 +79,7 @@ def quantize_operand(
     f = resolve(rule.format)
     view, dims = grouped(x, rule)
     scales = find_scales(view, dims, rule, f, state)
-    bits = random_bits(state.seed, view.shape, view.device) if rule.is_stochastic else None
+    bits = state.seed if rule.is_stochastic else None
     if scales.inner is scales.divisor and x.dtype == dtype:
         values = quantize(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
     else:

@@ -35,6 +35,7 @@ enum {
 #include "round.h"
 #include "nearest.h"
 
+#include "philox.h"
 #include "operands.h"
 #include "loops.h"
 #undef FLOAT
@@ -83,6 +84,16 @@ void FOR_TARGET(altgrad_amax_, TARGET)(int64_t begin, int64_t end, void *argumen
         LARGEST(uint32_t)
     } else {
         LARGEST(uint64_t)
+    }
+}
+
+/* Words begin to end of a struct words. */
+void FOR_TARGET(altgrad_random_, TARGET)(int64_t begin, int64_t end, void *argument) {
+    const struct words *words = argument;
+    uint32_t buffer[PHILOX_ROOM];
+    for (int64_t n; begin < end; begin += n) {
+        n = end - begin < CHUNK ? end - begin : CHUNK;
+        memcpy(words->out + begin, random_words(words->seed, begin, n, buffer), (size_t)n * sizeof *buffer);
     }
 }
 

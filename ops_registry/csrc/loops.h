@@ -182,7 +182,7 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     _Alignas(64) FLOAT x_buffer[CHUNK], scale_buffer[CHUNK], out_buffer[CHUNK];
     _Alignas(64) FLOAT quotient_buffer[CHUNK], ones[CHUNK];
     uint64_t raw_buffers[OPERANDS][CHUNK];
-    uint32_t random_buffer[CHUNK];
+    uint32_t random_buffer[PHILOX_ROOM];
     struct stream streams[OPERANDS];
     for (int operand = 0; operand < OPERANDS; operand++) {
         streams[operand] = open_stream(c, operand, begin, raw_buffers[operand]);
@@ -212,7 +212,7 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         const void *raw = read_stream(&streams[X], n);
         const FLOAT *x = p->operation == DECODE ? NULL : NAME(convert)(raw, p->dtypes[X], n, x_buffer);
         if (p->rounding == STOCHASTIC) {
-            random = read_random(&streams[RANDOM], p, n, random_buffer);
+            random = read_random(&streams[RANDOM], p, begin, n, random_buffer);
         }
         char *to = c->out + begin * size_of(p->out_dtype);
         if (p->operation == ENCODE) {

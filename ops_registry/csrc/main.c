@@ -19,16 +19,19 @@ typedef int32_t (*parallel_function)(int64_t begin, int64_t end, int64_t grain, 
 
 void altgrad_range_baseline(int64_t begin, int64_t end, void *call);
 void altgrad_amax_baseline(int64_t begin, int64_t end, void *rows);
+void altgrad_random_baseline(int64_t begin, int64_t end, void *words);
 #ifdef ALTGRAD_X86
 void altgrad_range_avx2(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx2(int64_t begin, int64_t end, void *rows);
+void altgrad_random_avx2(int64_t begin, int64_t end, void *words);
 void altgrad_range_avx512(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx512(int64_t begin, int64_t end, void *rows);
+void altgrad_random_avx512(int64_t begin, int64_t end, void *words);
 #endif
 
 enum { GRAIN = 32768 }; /* elements that are worth a thread, as in ATen */
 
-static range_function range, amax;
+static range_function range, amax, random_words;
 static parallel_function parallel;
 
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
@@ -39,22 +42,23 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
 #endif
     const struct {
         const char *name;
-        range_function range, amax;
+        range_function range, amax, random;
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
-        {"avx512", altgrad_range_avx512, altgrad_amax_avx512,
+        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, has_avx2},
+        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, has_avx2},
 #endif
-        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, 1},
+        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, 1},
     };
     parallel = parallel_for;
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
         if (targets[i].is_supported && (target == NULL || strcmp(target, targets[i].name) == 0)) {
             range = targets[i].range;
             amax = targets[i].amax;
+            random_words = targets[i].random;
             return targets[i].name;
         }
     }
@@ -114,4 +118,10 @@ EXPORT void altgrad_run(const struct plan *plan, const struct tensors *t, const 
 EXPORT void altgrad_amax(int64_t width, int64_t n, int64_t size, void *out, const void *x) {
     struct rows rows = {x, out, width, size};
     run(amax, n, GRAIN / (size + 1) + 1, &rows);
+}
+
+/* n random words of a seed. */
+EXPORT void altgrad_random(int64_t n, void *out, uint64_t seed) {
+    struct words words = {seed, out};
+    run(random_words, n, GRAIN, &words);
 }

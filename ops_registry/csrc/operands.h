@@ -74,7 +74,7 @@ static void bfloat16_from_floats(const float *restrict numbers, uint16_t *restri
 }
 
 INLINE int64_t size_of(enum dtype dtype) {
-    return dtype == UINT8 ? 1 : dtype == FLOAT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : 2;
+    return dtype == UINT8 ? 1 : dtype == FLOAT64 || dtype == INT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : 2;
 }
 
 /* An operand as a sequence in the memory order of the output, and a place in it. */
@@ -214,16 +214,18 @@ static const void *read_stream(struct stream *s, int64_t n) {
     return in_place != NULL ? in_place : s->buffer;
 }
 
-/* n random numbers, in the low bits of each. */
-static const uint32_t *read_random(struct stream *s, const struct plan *p, int64_t n,
-                                   uint32_t *restrict numbers) {
+/* n random numbers from element begin on, in the low bits of each; buffer has PHILOX_ROOM. */
+static const uint32_t *read_random(struct stream *s, const struct plan *p, int64_t begin, int64_t n, uint32_t *buffer) {
+    if (p->dtypes[RANDOM] == INT64) {
+        return random_words(*(const uint64_t *)(const void *)s->data, begin, n, buffer);
+    }
     const void *raw = read_stream(s, n);
     const uint8_t *bytes = raw;
     if (p->dtypes[RANDOM] != UINT8) {
         return raw;
     }
     for (int64_t i = 0; i < n; i++) {
-        numbers[i] = bytes[i];
+        buffer[i] = bytes[i];
     }
-    return numbers;
+    return buffer;
 }

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum operation { QUANTIZE, ENCODE, DECODE, DEQUANTIZE, PROJECT };
-enum dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, UINT8, INT32 };
+enum dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, UINT8, INT32, INT64 };
 enum rounding {
     NEAREST_TIES_TO_EVEN,
     NEAREST_TIES_TO_AWAY,
@@ -23,7 +23,7 @@ struct plan {
     int32_t operation;
     int32_t is_double; /* the arithmetic is float64, else float32 */
     int32_t dtypes[OPERANDS], out_dtype;
-    int32_t rounding, random_bits; /* of each random number, the low ones count */
+    int32_t rounding, random_bits; /* of each random number, the low ones count; of dtype INT64 there is a seed */
     int32_t mantissa_bits, min_exponent;
     int32_t sign_bit, max_code, nan_code; /* of a code, the number of its sign bit; nan_code is what NaN packs to */
     int32_t has_inf, has_nan, has_negative_zero;
@@ -54,6 +54,12 @@ struct rows {
     const void *x;
     void *out; /* one float a row */
     int64_t width, size;
+};
+
+/* The random words of a seed. */
+struct words {
+    uint64_t seed;
+    uint32_t *out;
 };
 
 #endif
