@@ -29,7 +29,9 @@ from .operators import library, with_twins
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
 _DTYPES = {
     dtype: i
-    for i, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64))
+    for i, dtype in enumerate(
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
+    )
 }
 _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h

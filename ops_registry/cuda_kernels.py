@@ -271,9 +271,7 @@ def load_scale(
 
 
 @triton.jit
-def random_of(
-    random_ptr, i, mask, base, row_stride, rows: tl.constexpr, columns: tl.constexpr, is_wide: tl.constexpr
-):
+def random_of(random_ptr, i, mask, base, row_stride, rows: tl.constexpr, columns: tl.constexpr, is_wide: tl.constexpr):
     """The random numbers of a block's elements: those given, or what follows from a seed as philox.py says.
 
     Where rows are whole fours, a block of words serves four elements.

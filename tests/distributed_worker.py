@@ -131,6 +131,26 @@ def partial_is_reduced_first(size):
 
 
 @case
+def a_seed_counts_the_elements_of_the_whole(size):
+    x, seed = randn(7, 10) * 3, torch.tensor(-0x123456789ABCDEF, device=DEVICE)
+    want = quantize(x, "E2M1", rounding="stochastic", random_bits=seed)
+    for mesh in meshes(size):
+        for placements in itertools.product(PLACEMENTS, repeat=mesh.ndim):
+            split = distribute_tensor(x, mesh, placements)
+            with CommDebugMode() as communication:
+                got = quantize(split, "E2M1", rounding="stochastic", random_bits=seed)
+            assert (communication.get_total_counts(), got.placements) == (0, placements)
+            assert_same_bits(got.full_tensor(), want)
+            # The operator alone does not know which part it has: x is gathered first.
+            got = ag.quantize_stochastic(split, torch.tensor(1.0, device=DEVICE), seed, "E2M1")
+            assert_same_bits(got.full_tensor(), want)
+    torch.manual_seed(0)
+    got = quantize(distribute_tensor(x, meshes(size)[0], [Shard(0)]), "E2M1", rounding="stochastic")
+    torch.manual_seed(0)
+    assert_same_bits(got.full_tensor(), quantize(x, "E2M1", rounding="stochastic"))
+
+
+@case
 def replicated_x_takes_the_split_of_its_scale(size):
     mesh, x, scale = meshes(size)[0], randn(8, 8), randn(8, 1).abs() + 0.5
     replicated, split = distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(scale, mesh, [Shard(0)])

@@ -204,6 +204,25 @@ def test_interpreted_dtypes_and_random_bits(f):
             assert_same_bits(cuda.KERNELS[name](*arguments), aten.FORMULAS[name](*arguments), x)
 
 
+@interpreted
+def test_interpreted_seeds():
+    seed = torch.tensor(-0x123456789ABCDEF)
+    for shape in ((7, 339), (3, 4096), (17, 1536), (5, 12, 6), (1,), ()):
+        x = torch.randn(shape) * 3
+        scales = [torch.tensor(1.0)]
+        if x.ndim > 1:
+            scales += [torch.rand(*shape[:-1], 1) + 0.5, torch.rand(shape[-1]) + 0.5, torch.rand(shape) + 0.5]
+        for scale in scales:
+            for name in ("quantize_stochastic", "encode_stochastic", "project_stochastic"):
+                arguments = x, scale, seed, "E4M3"
+                assert_same_bits(cuda.KERNELS[name](*arguments), aten.FORMULAS[name](*arguments), x)
+    x = x.new_ones(6, 8).t()
+    assert_same_bits(
+        cuda.KERNELS["quantize_stochastic"](x / 3, scales[0], seed, "E2M1"),
+        aten.FORMULAS["quantize_stochastic"](x / 3, scales[0], seed, "E2M1"),
+    )
+
+
 def _layouts():
     """(x, scale) that reach every way in which a kernel walks along scale."""
     generator = torch.Generator().manual_seed(0)

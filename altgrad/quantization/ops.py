@@ -85,9 +85,10 @@ def quantize_gradient(
     """x unchanged; in the backward pass the incoming gradient is quantized: ``quantize(grad, format, scale, ...)``.
 
     It gives gradients a format of their own, as in training with E4M3 forward and E5M2 backward. A seed is drawn (or
-    ``random_bits`` are taken) in the forward pass and kept for the backward pass. The gradient of the gradient is straight-through; forward-mode tangents pass unchanged. In eager
-    the output is a copy of x; compiled there is none. Arguments and errors are those of :func:`quantize`; scale may
-    also be a function, which gets the incoming gradient and gives its scale (not in forward mode, which raises).
+    ``random_bits`` are taken) in the forward pass and kept for the backward pass. The gradient of the gradient is
+    straight-through; forward-mode tangents pass unchanged. In eager the output is a copy of x; compiled there is none.
+    Arguments and errors are those of :func:`quantize`; scale may also be a function, which gets the incoming gradient
+    and gives its scale (not in forward mode, which raises).
 
     Returns:
         A tensor of x's values, shape and dtype, laid out as ``torch.empty_like(x)``.
