@@ -14,7 +14,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_tensor(name: str, x: Any) -> None:
     """What a function of altgrad asks of an argument before it reads a dtype or a device off it."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, (Tensor, torch.fx.Proxy)):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__} {x!r:.80}")
 
 

@@ -1,6 +1,8 @@
 """What the tests share: the formats, the devices, inputs that break roundings, and the comparison of bits."""
 
 import os
+import re
+import subprocess
 import tempfile
 
 import numpy as np
@@ -26,9 +28,25 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Leaves out GPU tests where there is no GPU, and slow ones unless they are asked for: ``-m slow``."""
+    left_out = {"gpu"} - ({"gpu"} if torch.cuda.is_available() else set())
+    left_out |= {"slow"} - set(re.findall(r"\w+", config.option.markexpr))
+    deselected = [item for item in items if left_out & {marker.name for marker in item.iter_markers()}]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in set(deselected)]
+
+
+@pytest.fixture(autouse=True)
+def _compiles_only_where_marked(request, monkeypatch):
+    """Holds the marker ``compiles`` to its word: no other test starts Inductor or a process."""
+    if request.node.get_closest_marker("compiles"):
+        return
+
+    def refuse(*args, **kwargs):
+        pytest.fail("this test starts a compiler or a process: mark it with pytest.mark.compiles")
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", refuse)
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -65,7 +65,7 @@ def test_buffer_is_updated_in_place():
     assert history.history.data_ptr() == address
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiles)])
 def test_compiled(backend):
     class Model(torch.nn.Module):
         def __init__(self):

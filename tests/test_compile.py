@@ -12,6 +12,8 @@ from altgrad.quantization import E4M3, E5M2, decode, dequantize, encode, quantiz
 from ops_registry.formats import resolve
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
+pytestmark = pytest.mark.compiles
+
 ag = torch.ops.altgrad
 USUAL = [resolve(name) for name in ("E0M7", "E3M4", "E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e3m4b3", "e2m2b100f")]
 EDGES = [pytest.param(f, marks=() if f in USUAL else pytest.mark.slow) for f in FORMATS]

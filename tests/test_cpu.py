@@ -416,6 +416,7 @@ def run_python(code, **environment):
     return result.stdout.strip()
 
 
+@pytest.mark.compiles
 @needs_library
 def test_worker_process_after_fork():
     """A DataLoader's worker is forked from a process whose threads have run, and has one thread."""
@@ -441,6 +442,7 @@ print("done")
     assert run_python(code) == "done"
 
 
+@pytest.mark.compiles
 @needs_library
 def test_memory():
     """Nothing the size of the input but the output: 32 MiB for 8 Mi numbers, also with a scale for each row."""
@@ -461,11 +463,13 @@ print(peak() - before)
 BACKEND = "import altgrad, ops_registry.cpu; print(ops_registry.cpu.backend())"
 
 
+@pytest.mark.compiles
 def test_aten_serves_without_the_library():
     code = BACKEND + "; import torch; print(torch.ops.altgrad.encode(torch.ones(2), torch.ones(()), 'E5M2').tolist())"
     assert run_python(code, ALTGRAD_CPU_TARGET="aten").split("\n") == ["aten", "[60, 60]"]
 
 
+@pytest.mark.compiles
 @needs_library
 @pytest.mark.parametrize("target", ["avx512", "avx2", "baseline"])
 def test_target_of_the_environment(target):
@@ -475,6 +479,7 @@ def test_target_of_the_environment(target):
     assert run_python(BACKEND, ALTGRAD_CPU_TARGET=target) == target
 
 
+@pytest.mark.compiles
 def test_unknown_target_is_refused():
     with pytest.raises(AssertionError, match="ImportError: ALTGRAD_CPU_TARGET=sse9"):
         run_python(BACKEND, ALTGRAD_CPU_TARGET="sse9")
@@ -495,6 +500,7 @@ def build(directory, *args, **environment):
     )
 
 
+@pytest.mark.compiles
 def test_build_without_a_compiler(tmp_path):
     result = build(tmp_path, CC="/no/such/compiler")
     assert result.returncode == 0, result.stderr
@@ -514,6 +520,7 @@ def test_build_without_a_compiler(tmp_path):
             assert done.stderr.count("without its C kernels") == done.stderr.count(advice) == warnings
 
 
+@pytest.mark.compiles
 @needs_library
 def test_library_of_other_sources_is_refused(tmp_path):
     shutil.copytree(PACKAGES / "ops_registry", tmp_path / "ops_registry")
@@ -524,6 +531,7 @@ def test_library_of_other_sources_is_refused(tmp_path):
         run_python(BACKEND, PYTHONPATH=str(tmp_path))
 
 
+@pytest.mark.compiles
 @needs_library
 @pytest.mark.slow
 def test_sanitizers(tmp_path):

@@ -13,6 +13,8 @@ from torch import nn
 
 from altgrad.quantization import decode, encode, quantize
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/deployment.md").read_text()
 
@@ -58,6 +60,10 @@ def test_aotinductor_from_cpp(run_package, device, tmp_path):
 
 
 SNIPPETS = re.findall(r"^## (.*?)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_every_block_is_a_snippet():
+    assert len(SNIPPETS) == PAGE.count("```python")
 
 
 @pytest.mark.parametrize(("title", "code"), SNIPPETS, ids=[title for title, _ in SNIPPETS])

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.compiles
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 CASES = re.findall(r"^@case\ndef (\w+)", WORKER.read_text(), re.MULTILINE)
 

@@ -36,7 +36,10 @@ def blocks(page, language):
     return [block for tag, block in fenced if tag == language]
 
 
-@pages
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "deployment.md"], ids=lambda page: page.name
+)  # test_deploy.py runs each block of that one in a process of its own
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """All Python blocks of a page, in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
@@ -114,6 +117,7 @@ def test_constraints_pin_all_and_name_no_host():
     assert {re.match(r"[\w-]+", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
 
 
+@pytest.mark.compiles
 def test_the_quoted_error_is_what_a_missing_import_gives(tmp_path):
     """docs/operators.md quotes what torch.export.load says in a process that has not imported ops_registry."""
     (quoted,) = [block for block in blocks(ROOT / "docs" / "operators.md", "") if "We failed" in block]

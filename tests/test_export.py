@@ -36,6 +36,7 @@ def altgrad_nodes(program):
     return [str(node.target) for node in program.graph.nodes if "altgrad" in str(node.target)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("strict", [True, False])
 def test_keeps_one_node(strict, device):
     model, x = Model().to(device), torch.randn(5, 8, device=device)
@@ -99,6 +100,7 @@ def saved(tmp_path):
     return tmp_path, program
 
 
+@pytest.mark.compiles
 def test_saved_program_needs_only_ops_registry(saved):
     folder, _ = saved
     load = f'torch.export.load("{folder}/model.pt2").module()'
@@ -111,6 +113,7 @@ def test_saved_program_needs_only_ops_registry(saved):
     assert "import the custom op" in without.stderr
 
 
+@pytest.mark.compiles
 def test_aotinductor_package_needs_nothing(saved):
     folder, program = saved
     torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/package.pt2")

@@ -37,6 +37,7 @@ def test_it_is_an_alias():
     assert got.data_ptr() == g.data_ptr()
 
 
+@pytest.mark.compiles
 def test_second_use_of_x():
     x = torch.randn(8, requires_grad=True)
     for f in variants(lambda x: quantize(x, E5M2, 0.5) * 3 + x, "aot_eager", "inductor"):
@@ -115,6 +116,7 @@ print("served")
 """
 
 
+@pytest.mark.compiles
 def test_register_autograd_serves_where_the_private_names_are_missing():
     done = subprocess.run([sys.executable, "-c", FALLBACK], capture_output=True, text=True, timeout=300)
     assert done.stdout == "served\n", done.stderr[-2000:]

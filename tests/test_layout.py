@@ -64,6 +64,7 @@ def strides(tensor):
     return [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("seed", range(4))
 def test_compiled(seed):
     torch._dynamo.reset()
@@ -74,6 +75,7 @@ def test_compiled(seed):
         assert strides(got) == strides(want)
 
 
+@pytest.mark.compiles
 def test_where_arithmetic_alone_lays_out_otherwise(monkeypatch):
     """The case that opcheck passes and an opaque call under compile then fails on."""
     x = torch.randn(64).as_strided((2, 1, 3, 1), (2, 2, 0, 4))

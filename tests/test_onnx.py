@@ -14,7 +14,10 @@ from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 altgrad_onnx = pytest.importorskip("altgrad.onnx")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 DTYPES = [torch.float32, torch.float16, torch.float64]  # onnxruntime's CPU kernels have no bfloat16
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is missing
 

@@ -78,6 +78,7 @@ def test_draws_are_reproducible(function, device):
     assert_same_bits(draw(generator=generator.manual_seed(5)), third)
 
 
+@pytest.mark.compiles
 def test_compiled_draws_are_eager_ones_on_request():
     """Inductor draws from its own generator; with fallback_random it takes eager's."""
     torch._dynamo.reset()
@@ -101,6 +102,7 @@ def test_checkpointing_draws_the_same_bits_again():
     assert_same_bits(x.grad, 2 * quantize(x, E5M2, rounding="stochastic"))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("rounding", "compiled"), [*((mode, False) for mode in ROUNDINGS), (ROUNDINGS[0], True), ("stochastic", True)]
 )
@@ -164,6 +166,7 @@ class EveryMode(torch.nn.Module):
         return [*results, codes, dequantize(decode(codes, E4M3), 0.37)]
 
 
+@pytest.mark.compiles
 def test_aotinductor_package_of_every_mode(tmp_path):
     x = near_ties(E5M2) * 0.37
     bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)

@@ -362,6 +362,7 @@ def test_on_a_gpu_nothing_synchronizes_and_bits_are_those_of_the_cpu(options):
         assert_same_bits(g, w)
 
 
+@pytest.mark.compiles
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
@@ -397,6 +398,7 @@ def test_compiled_with_dynamic_shapes(method):
     assert_compiles([PerBlock(4)], {"format": "E4M3", "method": method}, True)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "granularity, options",
     [

@@ -161,6 +161,7 @@ def test_disabled_has_a_graph_of_its_own():
     assert counter.frame_count == 2
 
 
+@pytest.mark.compiles
 def test_sizes_do_not_recompile_without_end():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(linear, fullgraph=True, backend=counter)

@@ -52,7 +52,10 @@ PLACEMENTS = [  # shapes of x and of scale, and where their batch dimensions are
 
 @pytest.mark.parametrize(
     ("x_shape", "scale_shape", "in_dims", "compiled"),
-    [*((*p, False) for p in PLACEMENTS), *((*p, True) for p in (PLACEMENTS[1], PLACEMENTS[3], PLACEMENTS[5]))],
+    [
+        *((*p, False) for p in PLACEMENTS),
+        *(pytest.param(*p, True, marks=pytest.mark.compiles) for p in (PLACEMENTS[1], PLACEMENTS[3], PLACEMENTS[5])),
+    ],
 )
 def test_vmap_of_every_operator(x_shape, scale_shape, in_dims, compiled):
     if compiled:
@@ -116,6 +119,7 @@ def test_dequantize_under_transforms(d):
     assert_same_bits(vmap(grad(lambda x: d(x).sum()))(torch.randn(5, 4)), torch.full((5, 4), 0.5))
 
 
+@pytest.mark.compiles
 def test_compiled_transforms():
     torch._dynamo.reset()
     q = QUANTIZERS["function"]
@@ -171,6 +175,7 @@ def test_jagged_nested_tensors(shape):
     assert_same_bits(ag.decode(codes, HALF, "E5M2").values(), ag.quantize(torch.cat(parts), HALF, "E5M2"))
 
 
+@pytest.mark.compiles
 def test_jagged_nested_tensors_compile():
     torch._dynamo.reset()
     nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(5, 4)], layout=torch.jagged)
@@ -250,6 +255,7 @@ def test_activation_checkpointing(reentrant):
     assert_same_bits(x.grad, 2 * quantize(x, E5M2, 0.5))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_compiled_activation_checkpointing(scale):
     """Inductor drops a division by 1 and would have the input of the region computed again."""

@@ -340,7 +340,9 @@ def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.d
             f"scale must be positive and finite in {dtype}, from {limits.smallest_normal:.8g} to {limits.max:.8g}, "
             f"got {scale!r}"
         )
-    if torch.compiler.is_compiling():
-        # A constant of the kernel on x's device. torch.full would compile the function again for every number.
-        return torch.ones((), dtype=dtype, device=device) * scale
-    return torch.full((), scale, dtype=dtype)  # on the CPU it costs a GPU no launch
+    if not torch.compiler.is_compiling():
+        return torch.full((), scale, dtype=dtype)  # on the CPU it costs a GPU no launch
+    if torch.compiler.is_exporting():
+        return torch.full((), scale, dtype=dtype, device=device)
+    # A constant of the kernel on x's device. torch.full would compile the function again for every number.
+    return torch.ones((), dtype=dtype, device=device) * scale
