@@ -380,7 +380,7 @@ def simulated_data_parallel(size):
 def simulated_tensor_parallel(size):
     """A split by columns and one by rows: the operands of one process, so where sums are exact its bits."""
     x = randn(64, 64).bfloat16().float()
-    for recipe in ("mxfp4", "fp8_current", "fp8_delayed", "fp8_block"):
+    for recipe in ("mxfp4", "fp8_current", "fp8_delayed", "fp8_block", "nvfp4"):
         single, simulation = simulated_mlp(recipe)
         split, of_split = simulated_mlp(recipe)
         parallelize_module(split, meshes(size)[0], {"0": ColwiseParallel(), "2": RowwiseParallel()})

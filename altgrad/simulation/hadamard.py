@@ -1,5 +1,7 @@
 """The random Hadamard transform of NVFP4's recipe: 16 elements along the contraction, with fixed signs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -28,10 +30,11 @@ def hadamard(x: Tensor) -> Tensor:
     rows = x.reshape(-1, SIZE)
     announce(None)
     dtype = compute_dtype(x.dtype)
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        y = torch.mm(rows, _matrix(x.dtype, x.device), out_dtype=dtype)
-    else:
-        y = rows.to(dtype) @ _matrix(dtype, x.device)
+    is_narrow = x.is_cuda and x.dtype == torch.bfloat16
+    matrix = _matrix(x.dtype if is_narrow else dtype, x.device)
+    if hasattr(x, "device_mesh"):
+        matrix = _replicated(matrix, x.device_mesh)
+    y = torch.mm(rows, matrix, out_dtype=dtype) if is_narrow else rows.to(dtype) @ matrix
     return y.view(x.shape)
 
 
@@ -41,3 +44,10 @@ def _matrix(dtype: torch.dtype, device: torch.device) -> Tensor:
     if (dtype, device) not in _matrices:
         _matrices[dtype, device] = torch.tensor(ROWS, dtype=dtype, device=device)
     return _matrices[dtype, device]
+
+
+def _replicated(matrix: Tensor, mesh: Any) -> Tensor:
+    """A DTensor that every rank has whole."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(matrix, mesh, [Replicate()] * mesh.ndim, run_check=False)
