@@ -1,7 +1,9 @@
 """Scales against their definitions, computed here in numpy, group by group."""
 
+import dataclasses
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from altgrad.quantization import (
     PerBlock,
     PerTensor,
     compute_scale,
+    decode,
     encode,
     quantize,
     quantize_blocks,
@@ -36,6 +39,8 @@ GRANULARITIES = [
     PerBlock(4),
     PerBlock((3, 5)),  # ragged in both dimensions of (8, 12)
     PerBlock((16, 32)),  # larger than they are
+    PerBlock({0: 3}),
+    PerBlock({-2: 4, 1: 5}),
 ]
 
 
@@ -52,9 +57,8 @@ def groups_of(shape, granularity):
     """For every element of a tensor the indices (tuples) of its group."""
     indices = list(itertools.product(*[range(size) for size in shape]))
     if isinstance(granularity, PerBlock):
-        sizes = (granularity.sizes,) if isinstance(granularity.sizes, int) else granularity.sizes
-        sizes = (1,) * (len(shape) - len(sizes)) + sizes
-        keys = [tuple(i // size for i, size in zip(index, sizes)) for index in indices]
+        sizes = {dim % len(shape): size for dim, size in granularity.sizes}
+        keys = [tuple(i // sizes.get(dim, 1) for dim, i in enumerate(index)) for index in indices]
     else:
         axes = () if isinstance(granularity, PerTensor) else granularity.axes
         axes = (axes,) if isinstance(axes, int) else axes
@@ -220,6 +224,51 @@ def test_quantize_blocks_is_quantize_by_compute_scale(options, granularity, dtyp
         assert_same_bits(quantize_blocks(x, **options), quantize(x, options["format"], scale))
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("options", [{"format": E4M3}, {"format": E2M1, "scale_format": E4M3}], ids=str)
+def test_compact_scales(options, granularity):
+    """One element a block, and quantize, encode and decode by it give what they give by a scale of x's shape."""
+    bits = torch.randint(1 << 24, (8, 12), dtype=torch.int32)
+    stochastic = {"rounding": "stochastic", "random_bits": bits}
+    for x in (samples(8, 12), samples(12, 8).t(), samples(8, 24)[:, ::2]):
+        scale = compute_scale(x, granularity=granularity, **options)
+        compact = compute_scale(x, granularity=granularity, compact=True, **options)
+        if isinstance(granularity, PerBlock):
+            groups = {tuple(members) for _, members in groups_of(x.shape, granularity)}
+            assert compact.numel() == len(groups)
+        for f in (quantize, encode):
+            want = f(x, options["format"], scale)
+            assert_same_bits(f(x, options["format"], compact, granularity=granularity), want)
+            want = f(x, options["format"], scale, **stochastic)
+            assert_same_bits(f(x, options["format"], compact, granularity=granularity, **stochastic), want)
+            assert_same_bits(decode(want, E4M3, compact, granularity=granularity), decode(want, E4M3, scale)) if (
+                f is encode
+            ) else None
+        assert_same_bits(
+            quantize_blocks(x, granularity=granularity, **options, **stochastic),
+            quantize(x, options["format"], scale, **stochastic),
+        )
+
+
+def test_scales_of_a_wrong_number_of_blocks():
+    x, granularity = samples(8, 12), PerBlock(5)
+    for scale in (torch.ones(8, 2), torch.ones(8, 12), torch.ones(()), 1.0):
+        for f, first in ((quantize, x), (encode, x), (decode, x.to(torch.uint8))):
+            with pytest.raises(ValueError, match=r"for each PerBlock\(5\) of .*the shape \(8, 3\), got"):
+                f(first, E4M3, scale, granularity=granularity)
+
+
+def test_blocks_print_compare_and_hash():
+    assert [repr(PerBlock(s)) for s in (4, (4, 5), {0: 4}, {-1: 4})] == [
+        "PerBlock(4)",
+        "PerBlock((4, 5))",
+        "PerBlock({0: 4})",
+        "PerBlock(4)",
+    ]
+    assert len({PerBlock(4), PerBlock((4,)), PerBlock({-1: 4}), PerBlock({0: 4})}) == 2
+    assert pickle.loads(pickle.dumps(PerBlock({0: 4}))) == PerBlock({0: 4}) == dataclasses.replace(PerBlock({0: 4}))
+
+
 class Calls(TorchDispatchMode):
     """The names of the operators that run."""
 
@@ -232,7 +281,7 @@ class Calls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sizes", [4, (4, 4)])
+@pytest.mark.parametrize("sizes", [4, (4, 4), {0: 4}])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_even_blocks_are_not_copied(sizes, transposed):
     x = samples(8, 12)
@@ -316,11 +365,13 @@ def test_errors():
         ({"fraction": 1.5}, "fraction"),
         ({"power_of_two": "floor", "scale_format": E4M3}, "one of them"),
         ({"granularity": PerAxis(2)}, "2 dimensions"),
-        ({"granularity": PerBlock((2, 2, 2))}, "3 dimensions"),
+        ({"granularity": PerBlock((2, 2, 2))}, "dimensions \\[-3, -2, -1\\] need"),
+        ({"granularity": PerBlock({2: 4})}, "dimensions \\[2\\] need"),
+        ({"granularity": PerBlock({0: 4, -2: 4})}, "dimensions \\[0, -2\\] need"),
     ]:
         with pytest.raises(ValueError, match=message):
             compute_scale(x, E4M3, **options)
-    for sizes in (0, (), (4, -1), True):
+    for sizes in (0, (), (4, -1), True, {}, {0: 0}, {"rows": 4}, {0: 4.0}):
         with pytest.raises(ValueError, match="positive integers"):
             PerBlock(sizes)
     with pytest.raises(TypeError, match="int64"):

@@ -1,5 +1,6 @@
 """Quantization to small formats: the operators as functions, and the formats."""
 
+from .block_formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, NVFP4, BlockFormat
 from .formats import (
     E0M7,
     E1M6,
@@ -21,7 +22,6 @@ from .formats import (
 from .granularity import PerAxis, PerBlock, PerTensor
 from .history import AmaxHistory
 from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize, quantize_gradient
-from .recipes import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, NVFP4, Recipe
 from .scaling import compute_scale, quantize_blocks
 from .stats import QuantizationStats, bit_stall, quantization_stats, sqnr
 
@@ -47,6 +47,7 @@ __all__ = [
     "MXFP8_E5M2",
     "NVFP4",
     "AmaxHistory",
+    "BlockFormat",
     "DequantizeFunc",
     "FP8Format",
     "PerAxis",
@@ -54,7 +55,6 @@ __all__ = [
     "PerTensor",
     "QuantizationStats",
     "QuantizeFunc",
-    "Recipe",
     "bit_stall",
     "compute_scale",
     "decode",

@@ -1,21 +1,23 @@
 """Which elements of a tensor share a scale: all of them, those of an axis, or those of a block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# (view, dims) -> result: the elements of the view along dims share a scale; the result broadcasts to the view.
-GroupFunction = Callable[[Tensor, tuple[int, ...]], Tensor]
+# (view of x, dims, *views of others) -> result: the elements of the view along dims share a scale, and the result
+# broadcasts to it. Each of the others has x's shape, or one element for all that share a scale.
+GroupFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class PerTensor:
     """One scale for the whole tensor."""
 
-    def apply(self, f: GroupFunction, x: Tensor) -> Tensor:
-        return _apply(f, x, tuple(range(x.ndim)))
+    def apply(self, f: GroupFunction, x: Tensor, *others: Tensor, compact: bool = False) -> Tensor:
+        return _apply(f, x, others, tuple(range(x.ndim)))
 
 
 @dataclass(frozen=True)
@@ -28,55 +30,93 @@ class PerAxis:
 
     axes: int | tuple[int, ...]
 
-    def apply(self, f: GroupFunction, x: Tensor) -> Tensor:
+    def apply(self, f: GroupFunction, x: Tensor, *others: Tensor, compact: bool = False) -> Tensor:
         axes = (self.axes,) if isinstance(self.axes, int) else self.axes
         if not all(-x.ndim <= axis < x.ndim for axis in axes):
             raise ValueError(f"axes must be within the {x.ndim} dimensions of x, got {self.axes}")
         kept = [axis % x.ndim for axis in axes]
-        return _apply(f, x, tuple(dim for dim in range(x.ndim) if dim not in kept))
+        return _apply(f, x, others, tuple(dim for dim in range(x.ndim) if dim not in kept))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerBlock:
-    """One scale for every block of consecutive elements in the last dimensions.
+    """One scale for every block of consecutive elements.
 
-    ``PerBlock(32)`` is a block of a row, ``PerBlock((128, 128))`` one of a matrix. Blocks start at index 0; where a
-    size does not divide the dimension, the last block is smaller.
+    ``PerBlock(32)`` is a block of a row, ``PerBlock((128, 128))`` one of a matrix, ``PerBlock({0: 32})`` one of a
+    column. Blocks start at index 0; where a size does not divide the dimension, the last block is smaller.
 
     Args:
-        sizes: the sizes of a block in the last dimensions; 1 in all before them.
+        sizes: the sizes of a block in the last dimensions, or a mapping of dimensions (negative ones from the end) to
+            sizes; 1 in all others. It is kept as pairs of both.
+
+    Example:
+        >>> from altgrad.quantization import PerBlock
+        >>> PerBlock({0: 32}), PerBlock({-1: 32}) == PerBlock(32)
+        (PerBlock({0: 32}), True)
     """
 
-    sizes: int | tuple[int, ...]
+    sizes: Any  # int | tuple[int, ...] | Mapping[int, int] to make one; then tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if not self._sizes or not all(type(size) is int and size > 0 for size in self._sizes):
-            raise ValueError(f"sizes must be positive integers, got {self.sizes}")
+        sizes = (self.sizes,) if isinstance(self.sizes, int) else self.sizes
+        pairs = tuple(sizes.items()) if isinstance(sizes, Mapping) else tuple(enumerate(sizes, -len(sizes)))
+        if pairs and isinstance(pairs[0][1], tuple):  # of another PerBlock
+            pairs = tuple(sizes)
+        if not pairs or not all(type(dim) is int and type(size) is int and size > 0 for dim, size in pairs):
+            raise ValueError(f"sizes must be positive integers, of dimensions that are integers, got {self.sizes}")
+        object.__setattr__(self, "sizes", pairs)
 
-    @property
-    def _sizes(self) -> tuple[int, ...]:
-        return (self.sizes,) if isinstance(self.sizes, int) else self.sizes
+    def __repr__(self) -> str:
+        sizes = tuple(size for _, size in self.sizes)
+        if [dim for dim, _ in self.sizes] != list(range(-len(sizes), 0)):
+            return f"PerBlock({dict(self.sizes)})"
+        return f"PerBlock({sizes if len(sizes) > 1 else sizes[0]})"
 
-    def apply(self, f: GroupFunction, x: Tensor) -> Tensor:
-        """f on x seen as blocks, in x's shape: without a copy if the sizes divide x's and f's result is dense."""
-        sizes = self._sizes
-        if x.ndim < len(sizes):
-            raise ValueError(f"blocks of {len(sizes)} dimensions need as many in x, got {tuple(x.shape)}")
-        view = x
+    def by_dim(self, ndim: int) -> list[tuple[int, int]]:
+        """The dimensions, counted from 0 and in order, each with its size."""
+        dims = [dim for dim, _ in self.sizes]
+        if not all(-ndim <= dim < ndim for dim in dims) or len({dim % ndim for dim in dims}) < len(dims):
+            raise ValueError(
+                f"blocks along the dimensions {dims} need a tensor with each of them once, got {ndim} dimensions"
+            )
+        sizes = {dim % ndim: size for dim, size in self.sizes}
+        return [(dim, sizes[dim]) for dim in range(ndim) if dim in sizes]
+
+    def apply(self, f: GroupFunction, x: Tensor, *others: Tensor, compact: bool = False) -> Tensor:
+        """f on x and others seen as blocks, in x's shape; compact: with one element a block.
+
+        Without a copy if the sizes divide x's and f's result is dense.
+        """
+        view, views = x, list(others)
         dims: list[int] = []
-        for dim, size in enumerate(sizes, x.ndim - len(sizes)):
+        for dim, size in self.by_dim(x.ndim):
             rest = x.shape[dim] % size
             if rest not in (0, x.shape[dim]):
-                parts = x.split([x.shape[dim] - rest, rest], dim)
-                return torch.cat([self.apply(f, part) for part in parts], dim)
+                cut = x.shape[dim] - rest
+                ends = [cut if t.shape[dim] == x.shape[dim] else cut // size for t in (x, *others)]
+                heads = [t.narrow(dim, 0, end) for t, end in zip((x, *others), ends)]
+                tails = [t.narrow(dim, end, t.shape[dim] - end) for t, end in zip((x, *others), ends)]
+                return torch.cat([self.apply(f, *part, compact=compact) for part in (heads, tails)], dim)
             position = dim + len(dims)  # each dimension before it was split in two
-            view = view.unflatten(position, (1, rest) if rest else (-1, size))
+            blocks = (1, rest) if rest else (-1, size)
+            views = [
+                t.unflatten(position, blocks) if t.shape[position] == x.shape[dim] else t.unsqueeze(position + 1)
+                for t in views
+            ]
+            view = view.unflatten(position, blocks)
             dims.append(position + 1)
-        result = f(view, tuple(dims))
+        result = f(view, tuple(dims), *views)
+        if compact:
+            return result.reshape([size for dim, size in enumerate(result.shape) if dim not in dims])
         return result.expand(view.shape).reshape(x.shape)
 
+    def compact_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many blocks there are along each dimension."""
+        sizes = dict(self.by_dim(len(shape)))
+        return tuple(-(-n // sizes.get(dim, 1)) for dim, n in enumerate(shape))
 
-def _apply(f: GroupFunction, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+
+def _apply(f: GroupFunction, x: Tensor, others: tuple[Tensor, ...], dims: tuple[int, ...]) -> Tensor:
     if not dims:  # to torch's reductions no dimensions mean all
-        return f(x.unsqueeze(-1), (x.ndim,)).squeeze(-1)
-    return f(x, dims)
+        return f(x.unsqueeze(-1), (x.ndim,), *[t.unsqueeze(-1) for t in others]).squeeze(-1)
+    return f(x, dims, *others)

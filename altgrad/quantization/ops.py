@@ -15,8 +15,10 @@ from ops_registry.modes import SEED
 from ops_registry.sharding import random_bits_like
 
 from .formats import FP8Format
+from .granularity import PerAxis, PerBlock, PerTensor
 
 _SEEDS = (1 << 63) - 1
+Granularity = PerTensor | PerAxis | PerBlock
 _OPERATORS = {name: entry(name) for name in RULES}
 
 
@@ -25,6 +27,7 @@ def quantize(
     format: FP8Format | str,
     scale: Tensor | float = 1.0,
     *,
+    granularity: Granularity | None = None,
     saturation: str = "propagate",
     rounding: str = "nearest_ties_to_even",
     random_bits: Tensor | None = None,
@@ -42,6 +45,8 @@ def quantize(
         format: an :class:`FP8Format`, a name (``"E5M2"``) or a spelling (``"e3m4b3fn"``).
         scale: positive and finite, value = scale * decode(code). A number, or a floating-point tensor that broadcasts
             to x without enlarging it, on x's device or 0-d on the CPU. A tensor's values are not checked.
+        granularity: a :class:`PerBlock` whose blocks have one element of scale each, as ``compute_scale(...,
+            compact=True)`` gives them; None and the others: scale broadcasts to x.
         saturation: what becomes of values beyond the largest. ``"propagate"``: finite ones to the largest, infinities
             stay where the format has them. ``"finite"``: all to the largest. ``"none"``: to infinity, else NaN, else
             the largest, whichever the format has. (SatPropagate, SatFinite, SatNone of IEEE P3109.)
@@ -69,6 +74,8 @@ def quantize(
         >>> quantize(torch.tensor([0.3, 1.03125, 100.0]), E3M4)
         tensor([ 0.2969,  1.0000, 31.0000])
     """
+    if isinstance(granularity, PerBlock):
+        return _by_blocks(quantize, granularity, x, scale, format, saturation, rounding, random_bits, generator)
     return _project("quantize", x, format, scale, saturation, rounding, random_bits, generator)
 
 
@@ -116,6 +123,7 @@ def encode(
     format: FP8Format | str,
     scale: Tensor | float = 1.0,
     *,
+    granularity: Granularity | None = None,
     saturation: str = "propagate",
     rounding: str = "nearest_ties_to_even",
     random_bits: Tensor | None = None,
@@ -135,11 +143,18 @@ def encode(
         >>> encode(torch.tensor([1.0, -1.0, 0.0]), E5M2)
         tensor([ 60, 188,   0], dtype=torch.uint8)
     """
+    if isinstance(granularity, PerBlock):
+        return _by_blocks(encode, granularity, x, scale, format, saturation, rounding, random_bits, generator)
     return _project("encode", x, format, scale, saturation, rounding, random_bits, generator)
 
 
 def decode(
-    codes: Tensor, format: FP8Format | str, scale: Tensor | float = 1.0, *, dtype: torch.dtype | None = None
+    codes: Tensor,
+    format: FP8Format | str,
+    scale: Tensor | float = 1.0,
+    *,
+    granularity: Granularity | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``value(code) * scale``, in float32 arithmetic (float64 for dtype float64), rounded once to dtype.
 
@@ -148,7 +163,7 @@ def decode(
     Args:
         codes: uint8, any shape and strides.
         format: as in :func:`quantize`.
-        scale: as in :func:`quantize`, broadcasting to codes.
+        scale, granularity: as in :func:`quantize`, for codes.
         dtype: float16, bfloat16, float32 (None) or float64.
 
     Returns:
@@ -165,6 +180,13 @@ def decode(
         tensor([ 5.0000e-01, -5.0000e-01,  2.8672e+04])
     """
     check_tensor("codes", codes)
+    if isinstance(granularity, PerBlock):
+        compact = _compact("codes", codes, scale, granularity)
+
+        def decoded(blocks: Tensor, dims: tuple[int, ...], scale: Tensor) -> Tensor:
+            return decode(blocks, format, scale, dtype=dtype)
+
+        return granularity.apply(decoded, codes, compact)
     return _OPERATORS["decode"](codes, _as_tensor(scale, dtype, codes.device), format_name(format), dtype)
 
 
@@ -307,6 +329,36 @@ def _project(
     if random_bits is None:
         return _OPERATORS[name](x, scale, format_name(format), saturation, rounding)
     return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, format_name(format), saturation)
+
+
+def _by_blocks(
+    f: Callable[..., Tensor],
+    granularity: PerBlock,
+    x: Tensor,
+    scale: Tensor | float,
+    format: FP8Format | str,
+    saturation: str,
+    rounding: str,
+    random_bits: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """f, quantize or encode, with one element of scale a block."""
+    check_tensor("x", x)
+    compact = _compact("x", x, scale, granularity)
+
+    modes: dict[str, Any] = {"saturation": saturation, "rounding": rounding}
+    if rounding == "stochastic" or random_bits is not None or generator is not None:  # bits are those of x's elements
+        scale = granularity.apply(lambda blocks, dims, scale: scale, x, compact)
+        return f(x, format, scale, **modes, random_bits=random_bits, generator=generator)
+    return granularity.apply(lambda blocks, dims, scale: f(blocks, format, scale, **modes), x, compact)
+
+
+def _compact(name: str, x: Tensor, scale: Tensor | float, granularity: PerBlock) -> Tensor:
+    wanted = granularity.compact_shape(tuple(x.shape))
+    if not isinstance(scale, Tensor) or tuple(scale.shape) != wanted:
+        got = tuple(scale.shape) if isinstance(scale, Tensor) else scale
+        raise ValueError(f"scale must have one element for each {granularity} of {name}: the shape {wanted}, got {got}")
+    return scale
 
 
 def _random_bits(

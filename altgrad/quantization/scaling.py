@@ -44,6 +44,7 @@ def compute_scale(
     fraction: float = 0.999,
     power_of_two: str | None = None,
     scale_format: FP8Format | str | None = None,
+    compact: bool = False,
 ) -> Tensor:
     """The scale with which x fits a format: ``quantize(x, format, compute_scale(x, format))``.
 
@@ -71,10 +72,12 @@ def compute_scale(
             statistic to the mantissa bits of the format. ``"rceil"``: the quotient rounded up.
         scale_format: rounds the scales to this format, under a float32 scale of the whole tensor that brings the
             largest to the top of the format. A scale is not below the smallest normal value there.
+        compact: per block one element a block, which :func:`quantize`, :func:`encode` and :func:`decode` take with the
+            granularity.
 
     Returns:
         float32 (float64 for float64 x). Per tensor a 0-d tensor; per axis x's shape with 1 in the other dimensions; per
-        block x's shape, every element with the scale of its block (:func:`quantize_blocks` needs no such tensor).
+        block x's shape, every element with the scale of its block, or with compact as many elements as blocks.
 
     Raises:
         TypeError: x or format of a wrong type or dtype.
@@ -89,7 +92,7 @@ def compute_scale(
                 [0.0156]])
     """
     scale_of = scaler(x, format, method=method, fraction=fraction, power_of_two=power_of_two, scale_format=scale_format)
-    scale = granularity.apply(scale_of, x.detach())
+    scale = granularity.apply(scale_of, x.detach(), compact=compact)
     return scale.reshape(()) if isinstance(granularity, PerTensor) else scale
 
 
@@ -106,7 +109,7 @@ def quantize_blocks(
 ) -> Tensor:
     """:func:`quantize` with the scales of :func:`compute_scale`, bit for bit, in one call and without copies.
 
-    A recipe is the keywords of a call: ``quantize_blocks(x, **MXFP4)``.
+    A :class:`BlockFormat` is the keywords of a call: ``quantize_blocks(x, **MXFP4)``.
 
     Args:
         x, saturation, rounding, random_bits, generator: as in :func:`quantize`.

@@ -11,15 +11,15 @@ from .granularity import PerAxis, PerBlock, PerTensor
 from .scaling import ScaleOptions
 
 
-class Recipe(ScaleOptions, total=False):
+class BlockFormat(ScaleOptions, total=False):
     """The keywords of a call of :func:`quantize_blocks` or :func:`compute_scale`, x apart."""
 
     format: Required[FP8Format | str]
     granularity: Required[PerTensor | PerAxis | PerBlock]
 
 
-def _mx(format: FP8Format) -> Recipe:
-    return Recipe(format=format, granularity=PerBlock(32), power_of_two="floor")
+def _mx(format: FP8Format) -> BlockFormat:
+    return BlockFormat(format=format, granularity=PerBlock(32), power_of_two="floor")
 
 
 MXFP8_E4M3 = _mx(E4M3)
@@ -27,6 +27,6 @@ MXFP8_E5M2 = _mx(E5M2)
 MXFP6_E2M3 = _mx(E2M3)
 MXFP6_E3M2 = _mx(E3M2)
 MXFP4 = _mx(E2M1)
-NVFP4 = Recipe(format=E2M1, granularity=PerBlock(16), scale_format=E4M3)
+NVFP4 = BlockFormat(format=E2M1, granularity=PerBlock(16), scale_format=E4M3)
 
-__all__ = ["MXFP4", "MXFP6_E2M3", "MXFP6_E3M2", "MXFP8_E4M3", "MXFP8_E5M2", "NVFP4", "Recipe"]
+__all__ = ["MXFP4", "MXFP6_E2M3", "MXFP6_E3M2", "MXFP8_E4M3", "MXFP8_E5M2", "NVFP4", "BlockFormat"]
