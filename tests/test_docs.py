@@ -68,7 +68,9 @@ def test_docstring_examples(name):
 
 def test_there_are_docstring_examples():
     """Every public function has an example."""
-    public = [getattr(altgrad.quantization, name) for name in altgrad.quantization.__all__]
+    public = [
+        getattr(package, name) for package in (altgrad.quantization, altgrad.simulation) for name in package.__all__
+    ]
     functions = [value for value in public if inspect.isfunction(value)]
     assert [f.__name__ for f in functions if ">>> " not in (f.__doc__ or "")] == []
 

@@ -114,6 +114,14 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
 
     Where ``torch.distributed`` is initialized, the largest amax of all ranks counts, and every rank must call this. An
     infinite or NaN amax is not recorded; the one before it counts again.
+
+    Example:
+        >>> from altgrad.simulation import SimulationState, advance
+        >>> state = SimulationState("nvfp4")
+        >>> before = state.seeds.clone()
+        >>> advance([state])
+        >>> state.step, bool((state.seeds == before).any())
+        (1, False)
     """
     states = list(states)
     for state in states:
@@ -122,9 +130,15 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
     if drawn:
         seeds = torch.cat([state.draw() for state in drawn])  # to be copied to their device at once
         _write("seeds", drawn, seeds)
-    delayed = sorted((state for state in states if state.recipe.history), key=lambda state: state.recipe.history)
-    for _, group in groupby(delayed, key=lambda state: state.recipe.history):
+    delayed = sorted((state for state in states if state.recipe.history), key=_kind)
+    for _, group in groupby(delayed, key=_kind):
         _record(list(group), process_group)
+
+
+def _kind(state: SimulationState) -> tuple[int, str]:
+    """What the states have in common whose histories are one tensor for a moment."""
+    assert state.history is not None
+    return state.recipe.history, str(state.history.device)
 
 
 def _write(name: str, states: list[SimulationState], values: Tensor) -> None:
