@@ -271,27 +271,29 @@ def load_scale(
 
 
 @triton.jit
-def random_of(random_ptr, i, mask, base, row_stride, rows: tl.constexpr, columns: tl.constexpr, is_wide: tl.constexpr):
-    """The random numbers of a block's elements: those given, or what follows from a seed as philox.py says.
-
-    Where rows are whole fours, a block of words serves four elements.
-    """
-    if random_ptr.dtype.element_ty != tl.int64:
-        return tl.load(random_ptr + i, mask)
-    seed = tl.load(random_ptr)
-    is_fours: tl.constexpr = columns % 4 == 0
-    if is_fours:
-        i = base + row_stride * tl.arange(0, rows)[:, None] + 4 * tl.arange(0, columns // 4)[None, :]
-    block = i >> 2
+def philox(seed, block, is_wide: tl.constexpr):
     low = block.to(tl.uint32)
-    zero = low * 0
-    high = (block >> 32).to(tl.uint32) if is_wide else zero
-    x0, x1, x2, x3 = tl.philox(seed, low, high, zero, zero)
-    if is_fours:
-        return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(rows, columns).to(tl.int32, bitcast=True)
-    is_odd = i % 2 == 1
-    words = tl.where(i % 4 < 2, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
-    return words.to(tl.int32, bitcast=True)
+    high = (block >> 32).to(tl.uint32) if is_wide else low * 0
+    return tl.philox(seed, low, high, low * 0, low * 0)
+
+
+@triton.jit
+def random_of(
+    random_ptr, i, mask, base, row_stride, rows: tl.constexpr, columns: tl.constexpr, is_wide: tl.constexpr
+):  # fmt: skip
+    """The random numbers of a block's elements: those given, or what follows from a seed as philox.py says."""
+    if random_ptr.dtype.element_ty != tl.int64:
+        random = tl.load(random_ptr + i, mask)
+    elif columns % 4 == 0:  # and so is base: a block of words serves four elements of a row
+        fours = base + row_stride * tl.arange(0, rows)[:, None] + 4 * tl.arange(0, columns // 4)[None, :]
+        x0, x1, x2, x3 = philox(tl.load(random_ptr), fours >> 2, is_wide)
+        random = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(rows, columns).to(tl.int32, bitcast=True)
+    else:
+        x0, x1, x2, x3 = philox(tl.load(random_ptr), i >> 2, is_wide)
+        is_odd = i % 2 == 1
+        words = tl.where(i % 4 < 2, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
+        random = words.to(tl.int32, bitcast=True)
+    return random
 
 
 @triton.jit

@@ -100,19 +100,17 @@ def test_threads_draw_the_same():
 
 
 @pytest.mark.gpu
-def test_a_gpu_draws_the_same():
-    seed = SEED.cuda()
-    for shape in ((7, 339), (64, 2048), (3, 5, 7), (40, 1536), (1 << 20,), (1,)):
-        x = torch.randn(shape) * 3
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for scale in (ONE, torch.rand(*shape[:-1], 1) + 0.5, torch.rand(shape[-1]) + 0.5):
-                for name in ("quantize_stochastic", "encode_stochastic", "project_stochastic"):
-                    op = getattr(torch.ops.altgrad, name)
-                    want = op(x.to(dtype), scale, SEED, "E4M3")
-                    assert_same_bits(op(x.to(dtype).cuda(), scale.cuda(), seed, "E4M3"), want, x)
-                    if len(shape) > 1:
-                        turned = x.to(dtype).cuda().transpose(0, 1).contiguous().transpose(0, 1)
-                        assert_same_bits(op(turned, scale.cuda(), seed, "E4M3"), want, x)
+@pytest.mark.parametrize("shape", [(7, 339), (40, 1536), (3, 5, 7)], ids=str)
+def test_a_gpu_draws_the_same(shape):
+    x, seed = torch.randn(shape) * 3, SEED.cuda()
+    for dtype in (torch.float32, torch.bfloat16):
+        for scale in (ONE, torch.rand(*shape[:-1], 1) + 0.5, torch.rand(shape[-1]) + 0.5):
+            for name in ("quantize_stochastic", "encode_stochastic"):
+                op = getattr(torch.ops.altgrad, name)
+                want = op(x.to(dtype), scale, SEED, "E4M3")
+                assert_same_bits(op(x.to(dtype).cuda(), scale.cuda(), seed, "E4M3"), want, x)
+                turned = x.to(dtype).cuda().transpose(0, 1).contiguous().transpose(0, 1)
+                assert_same_bits(op(turned, scale.cuda(), seed, "E4M3"), want, x)
 
 
 @pytest.mark.compiles

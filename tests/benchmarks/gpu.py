@@ -221,7 +221,7 @@ def modes() -> None:
     rows.append(("torch.randint of int32 bits", f"{drawing:.3f} of ties to even", ""))
     for name, function in (("eager", stochastic), ("compiled", compiled)):
         ratio = milliseconds(lambda: function(x)) / nearest  # noqa: B023
-        rows.append((f"quantize, stochastic, bits drawn, {name}", f"{ratio:.3f} of ties to even", ""))
+        rows.append((f"quantize, stochastic, a seed drawn, {name}", f"{ratio:.3f} of ties to even", ""))
 
 
 def launch() -> None:
