@@ -15,6 +15,7 @@ from torch import Tensor
 from ops_registry.arithmetic import divide
 
 from ..quantization.formats import FP8Format
+from ..quantization.magnitudes import amax
 from ..quantization.ops import encode, quantize
 from ..quantization.scaling import scaler
 from .candidates import Candidate
@@ -50,19 +51,19 @@ class Signal:
     exponents: Tensor | None = None
     bias: int = 0
 
-    def add(self, x: Tensor) -> None:
-        """Counts a part of the matrix."""
-        self.count += x.numel()
-        self.zeros += x.numel() - int(x.count_nonzero())
-        energy = _energy(x.double())
+    def add(self, x: Tensor, counts: Tensor | None = None) -> None:
+        """Counts a part of the matrix, or values and how often each is there."""
+        zeros, energy = _total(x == 0, counts), _energy(x.double(), counts)
+        self.count += x.numel() if counts is None else int(counts.sum())
+        self.zeros += zeros
         self.energy += energy
         if not math.isfinite(energy):
-            self.nan += int(x.isnan().sum())
-            self.infinite += int(x.isinf().sum())
+            self.nan += _total(x.isnan(), counts)
+            self.infinite += _total(x.isinf(), counts)
         integer, mantissa_bits, self.bias = _FIELDS[x.dtype]
         fields = (x.contiguous().view(integer) >> mantissa_bits) & (2 * self.bias + 1)
-        counts = fields.flatten().bincount(minlength=2 * self.bias + 2)
-        self.exponents = counts if self.exponents is None else self.exponents + counts
+        found = _histogram(fields, 2 * self.bias + 2, counts)
+        self.exponents = found if self.exponents is None else self.exponents + found
 
     def __add__(self, other: "Signal") -> "Signal":
         assert self.exponents is not None and other.exponents is not None
@@ -150,37 +151,72 @@ def parts(x: Tensor, candidates: list[Candidate]) -> Iterator[Tensor]:
         yield x[start : start + rows].contiguous()
 
 
-def add(tally: Tally, x: Tensor, candidate: Candidate, scale_of: ScaleFunction, weight: Tensor | None = None) -> None:
-    """Counts a part of a matrix; weight, of x's shape, adds ``sum(weight * error^2)`` to the sensitivity."""
-    f = candidate.format
+def distinct(x: Tensor) -> Tensor:
+    """How often each of the 2^16 bit patterns of float16 or bfloat16 is in x."""
+    return _histogram(x.view(torch.int16).int() & 0xFFFF, 1 << 16)
+
+
+def patterns(dtype: torch.dtype) -> Tensor:
+    """All values of float16 or bfloat16 by their bits, as one row."""
+    return torch.arange(1 << 16).to(torch.int16).view(dtype).unsqueeze(0)
+
+
+def add(
+    tally: Tally,
+    x: Tensor,
+    candidate: Candidate,
+    scale_of: ScaleFunction,
+    weight: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
+    """Counts a part of a matrix.
+
+    weight, of x's shape, adds ``sum(weight * error^2)`` to the sensitivity. With counts x has values, each once, and
+    counts how often they are there; that is for one scale of the whole matrix.
+    """
+    f, rule = candidate.format, candidate.rule
+    can_clip = rule.power_of_two not in _CANNOT_CLIP or rule.scale_format is not None
 
     def visit(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
         scale = scale_of(blocks, dims)
-        codes = encode(blocks, f, scale)
-        tally.codes += codes.flatten().bincount(minlength=len(tally.codes))
-        if candidate.rule.power_of_two not in _CANNOT_CLIP or candidate.rule.scale_format is not None:
-            tally.clipped += _clipped(blocks, f, scale)
+        tally.codes += _histogram(encode(blocks, f, scale), len(tally.codes), counts)
+        if can_clip:
+            tally.clipped += _clipped(blocks, dims, f, scale, counts)
         least, most = (float(end) for end in torch.aminmax(scale))
         tally.smallest = min(tally.smallest, least)
         tally.largest = max(tally.largest, most)
         return quantize(blocks, f, scale)
 
     error = x.double() - candidate.granularity.apply(visit, x)
-    tally.error += _energy(error)
+    tally.error += _energy(error, counts)
     if weight is not None:
         tally.sensitivity = (tally.sensitivity or 0.0) + float((error.square_() * weight).sum())
 
 
-def _clipped(x: Tensor, f: FP8Format, scale: Tensor) -> int:
+def _clipped(x: Tensor, dims: tuple[int, ...], f: FP8Format, scale: Tensor, counts: Tensor | None) -> int:
     """How many |x / scale| round to more than the largest value; as in quantization_stats, a tie to the even code."""
     limit = (f.max_representable_value + f.overflow_value) / 2
+    if dims == (x.ndim - 1,) and scale.ndim == x.ndim:  # rows, of which few have an element to clip
+        rows = (divide(amax(x, dims), scale) >= limit).squeeze(-1)
+        x, scale = x[rows], scale[rows]
     q = divide(x, scale).abs_()
-    return int(((q >= limit) if f.max_code % 2 else (q > limit)).count_nonzero())
+    return _total((q >= limit) if f.max_code % 2 else (q > limit), counts)
 
 
-def _energy(x: Tensor) -> float:
+def _total(condition: Tensor, counts: Tensor | None) -> int:
+    return int(condition.count_nonzero() if counts is None else counts[condition].sum())
+
+
+def _histogram(x: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
+    """How often 0 to size - 1 are in x; exact with counts too, below 2^53."""
+    if counts is None:
+        return x.flatten().bincount(minlength=size)
+    return x.flatten().bincount(counts.flatten().double(), minlength=size).long()
+
+
+def _energy(x: Tensor, counts: Tensor | None = None) -> float:
     flat = x.flatten()
-    return float(flat.dot(flat))
+    return float(flat.dot(flat if counts is None else flat * counts.flatten()))
 
 
 def _decibels(signal: float, error: float) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import reduce
+from operator import add as add_tensors
 from pathlib import Path
 
 import torch
@@ -14,7 +15,18 @@ from ops_registry.checks import FLOAT_DTYPES
 from .candidates import DEFAULT, Candidate, candidates
 from .checkpoint import Checkpoint, Entry
 from .results import Layer, LeftOut, Report
-from .tally import ScaleFunction, Signal, Tally, add, empty_tally, matrix, parts, scale_function
+from .tally import (
+    ScaleFunction,
+    Signal,
+    Tally,
+    add,
+    distinct,
+    empty_tally,
+    matrix,
+    parts,
+    patterns,
+    scale_function,
+)
 
 _FLOATS = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
 
@@ -76,9 +88,16 @@ def _reason(entry: Entry) -> str | None:
 
 def _layer(entry: Entry, x: Tensor, chosen: list[Candidate], pool: ThreadPoolExecutor) -> Layer:
     x = matrix(x)
-    scale_functions = [scale_function(x, c) for c in chosen]
-    counted = pool.map(lambda part: _count(part, chosen, scale_functions), parts(x, chosen))
-    signal, tallies = reduce(_sum, counted)
+    by_value = [c for c in chosen if _goes_by_value(c, x)]
+    by_part = [c for c in chosen if c not in by_value]
+    counted: dict[str, Tally] = {}
+    if by_value:
+        signal, counted = _count_values(x, by_value, pool)
+    if by_part:
+        functions = [scale_function(x, c) for c in by_part]
+        found = pool.map(lambda part: _count(part, by_part, functions), parts(x, by_part))
+        signal, tallies = reduce(_sum, found)
+        counted |= {c.name: tally for c, tally in zip(by_part, tallies)}
     return Layer(
         entry.name,
         "weight",
@@ -89,12 +108,29 @@ def _layer(entry: Entry, x: Tensor, chosen: list[Candidate], pool: ThreadPoolExe
         signal.nan,
         signal.infinite,
         signal.octaves(),
-        {c.name: tally.score(signal, c.bits(*x.shape)) for c, tally in zip(chosen, tallies)},
+        {c.name: counted[c.name].score(signal, c.bits(*x.shape)) for c in chosen},
         entry.also,
     )
 
 
 Counted = tuple[Signal, list[Tally]]
+
+
+def _goes_by_value(c: Candidate, x: Tensor) -> bool:
+    """Whether one scale serves all of x, and x has more values than there are different ones."""
+    return c.rule.per == "tensor" and x.dtype.itemsize == 2 and x.numel() > 1 << 17
+
+
+def _count_values(x: Tensor, chosen: list[Candidate], pool: ThreadPoolExecutor) -> tuple[Signal, dict[str, Tally]]:
+    """Looks at each different value once, and at how often it is there."""
+    counts = reduce(add_tensors, pool.map(distinct, parts(x, chosen)))
+    values, present = patterns(x.dtype), counts.unsqueeze(0) > 0
+    values, counts = values[present].unsqueeze(0), counts.unsqueeze(0)[present].unsqueeze(0)
+    signal, tallies = Signal(), {c.name: empty_tally(c) for c in chosen}
+    signal.add(values, counts)
+    for c in chosen:
+        add(tallies[c.name], values, c, scale_function(x, c), counts=counts)
+    return signal, tallies
 
 
 def _count(x: Tensor, chosen: list[Candidate], scale_functions: list[ScaleFunction]) -> Counted:
