@@ -3,6 +3,7 @@
 from .assign import Assignment, assign
 from .candidates import DEFAULT, Candidate, candidate
 from .measure import measure
+from .page import write
 from .results import Layer, LeftOut, Report, Score
 from .weights import report_weights
 
@@ -18,4 +19,5 @@ __all__ = [
     "candidate",
     "measure",
     "report_weights",
+    "write",
 ]

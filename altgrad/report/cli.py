@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from .. import __version__
 from .assign import assign
 from .candidates import DEFAULT, GRAMMAR, NAMED
-from .page import render
+from .page import write
 from .results import write_files
 from .tables import print_format, print_formats, print_report
 from .weights import report_weights
@@ -84,8 +84,7 @@ def report(path: Path, candidates: str, budget: float, output: Path, worst: int)
         choice, problem = assign(result, budget), ""
     except ValueError as error:
         choice, problem = None, str(error)
-    files = {output / "report.json": result.to_json(), output / "report.html": render(result, choice)}
-    write_files(files)
+    files = write(result, output, choice)
     print_report(_console(), result, choice, problem, worst)
     click.echo(f"wrote {' and '.join(map(str, files))}")
 

@@ -3,10 +3,29 @@
 import json
 import math
 from importlib.resources import files
+from pathlib import Path
 
 from ..assign import Assignment, module_name
 from ..candidates import candidate
-from ..results import Report, finite
+from ..results import Report, finite, write_files
+
+
+def write(report: Report, folder: str | Path, choice: Assignment | None = None) -> list[Path]:
+    """Writes report.json and report.html to a folder, both or none; choice, of :func:`assign`, is marked in the page.
+
+    Raises:
+        OSError: no such folder, or one that cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> from altgrad.report import Report, write
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in write(Report("model.pt", [], [], []), folder)]
+        ['report.json', 'report.html']
+    """
+    paths = [Path(folder) / "report.json", Path(folder) / "report.html"]
+    write_files(dict(zip(paths, (report.to_json(), render(report, choice)))))
+    return paths
 
 
 def render(report: Report, choice: Assignment | None = None) -> str:
