@@ -147,6 +147,7 @@ def test_help(capsys):
 
 
 @pytest.mark.compiles
+@pytest.mark.compiles
 def test_module_without_the_extra():
     code = "import sys, runpy; sys.modules['rich'] = None; runpy.run_module('altgrad', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

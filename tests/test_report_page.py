@@ -63,6 +63,7 @@ def column(page, table, index):
     return page.eval_on_selector_all(f"#{table} tbody tr", f"rows => rows.map(r => r.cells[{index}].textContent)")
 
 
+@pytest.mark.compiles
 def test_tables_sort(page):
     original = column(page, "layers", 2)
     assert len(original) == 5
@@ -78,6 +79,7 @@ def test_tables_sort(page):
     assert column(page, "candidates", 0) == ["E0M7", "E4M3", "MXFP4"]
 
 
+@pytest.mark.compiles
 def test_a_click_shows_the_layer(page):
     page.click("text=layers.1.weight")
     assert page.text_content("#detail-title") == "layers.1.weight"
@@ -87,6 +89,7 @@ def test_a_click_shows_the_layer(page):
     assert page.evaluate("document.activeElement.id") == "detail"
 
 
+@pytest.mark.compiles
 def test_metrics_filter_and_vectors(page):
     page.select_option("#metric", "2")  # flushed
     assert all(text.endswith("%") or text in ("0", "NaN") for text in column(page, "layers", 2))
@@ -96,17 +99,20 @@ def test_metrics_filter_and_vectors(page):
     assert column(page, "layers", 0) == ["layers.3.weight"]
 
 
+@pytest.mark.compiles
 def test_names_are_text(page):
     assert "</script><b>.weight" in column(page, "layers", 0)
     assert page.locator("#layers b").count() == 0
 
 
+@pytest.mark.compiles
 def test_what_is_recommended_and_what_is_broken_is_marked(page):
     assert page.locator("#layers td.chosen").count() == 4
     assert page.text_content("#layers .problem") == " 1 NaN, 0 inf"
     assert "6" in page.text_content("#summary")
 
 
+@pytest.mark.compiles
 def test_pictures_have_text_and_colors_have_contrast(page):
     """WCAG 2: at least 4.5 between a cell's text and its color; every picture has a text."""
     page.click("text=layers.0.weight")
@@ -127,6 +133,7 @@ def test_pictures_have_text_and_colors_have_contrast(page):
     assert lightness == sorted(lightness)  # readable without any color
 
 
+@pytest.mark.compiles
 def test_print(page, tmp_path):
     page.emulate_media(media="print")
     assert not page.is_visible(".controls")
