@@ -34,6 +34,12 @@ ALSO_KNOWN_AS = {
     "E2M1": "OCP MXFP4, `float4_e2m1fn`",
     "E4M3FNUZ": "`float8_e4m3fnuz`",
     "E5M2FNUZ": "`float8_e5m2fnuz`",
+    "FP16": "IEEE binary16, `float16`",
+    "BF16": "`bfloat16`",
+    "TF32": "NVIDIA TensorFloat-32; 19 bits, no codes",
+    "E8M0": "OCP MX scale, UE8M0, `float8_e8m0fnu`",
+    "UE4M3": "NVFP4's scale, whose sign is never set",
+    "UE5M3": "scale of 8 bits",
 }
 SPECIALS = {
     (True, True, True): "infinity, NaN",
@@ -65,7 +71,11 @@ def table(header: str, rows: Iterable[Iterable[str]]) -> str:
 
 
 def hexadecimal(code: int | None) -> str:
-    return "-" if code is None else f"0x{code:02X}"
+    return "-" if code is None else f"0x{code:0{2 if code < 256 else 4}X}"
+
+
+def unsigned(f: FP8Format) -> str:
+    return "" if f.is_signed else ", no sign" if f.has_zero else ", no sign, no zero"
 
 
 def formats() -> str:
@@ -77,7 +87,7 @@ def formats() -> str:
                 number(f.max_representable_value),
                 number(f.smallest_normal),
                 "-" if f.smallest_subnormal == f.smallest_normal else number(f.smallest_subnormal),
-                SPECIALS[f.has_inf, f.has_nan, f.has_negative_zero],
+                SPECIALS[f.has_inf, f.has_nan, f.has_negative_zero] + unsigned(f),
                 ALSO_KNOWN_AS.get(name, ""),
             ]
             for name, f in FORMAT_REGISTRY.items()
@@ -109,7 +119,7 @@ DIFFERENCES = [
     ("E4M3FNUZ", [1000.0, float("inf"), -0.0], "float8_e4m3fnuz", None),
     ("E2M1", [8.0, float("inf"), float("nan")], "float4_e2m1fn", "ocp_e2m1"),
     ("E3M4", [20.0, 40.0], "float8_e3m4", None),
-    ("E7M0", [1.5, 3.0, 0.0, -1.0], "float8_e8m0fnu", "ocp_e8m0"),
+    ("E8M0", [1.5, 3.0, 1e-45, 0.0, -1.0, float("inf")], "float8_e8m0fnu", "ocp_e8m0"),
 ]
 
 

@@ -3,20 +3,31 @@
 import torch
 from torch import Tensor
 
+from .formats import FP8Format
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The arithmetic of an operator: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def code_dtype(format: FP8Format) -> torch.dtype:
+    """The dtype of a format's codes: uint8 to 8 bits, uint16 to 16, the most that codes have."""
+    return torch.uint8 if format.code_bytes == 1 else torch.uint16
+
+
 def divide(x: Tensor, scale: Tensor, rounding: str | None = None) -> Tensor:
-    """x / scale in the compute dtype, correctly rounded, or as good as that for the rounding to come."""
+    """x / scale in the compute dtype, correctly rounded, or as good as that for the rounding to come.
+
+    Without a rounding it is correctly rounded.
+    """
     dtype = compute_dtype(x.dtype)
     if x.is_cuda and dtype == torch.float32:
         # Inductor's float32 `/` on CUDA is not IEEE, its float64 `/` is. The quotient of two 24-bit numbers is a
         # midpoint of float32 numbers, normal or not, or 2^-49 away from it, so a float64 quotient rounds to float32 as
         # the exact one does. The cheaper product with a reciprocal is off by at most 2^-52: enough but for quotients
-        # that are midpoints. Those are below 2^-126, at most half the quantum of any format: ties to even give zero.
+        # that are midpoints. Those are below 2^-126, at most half the quantum of any format that does not need float64:
+        # ties to even give zero.
         if rounding == "nearest_ties_to_even":
             return (x.double() * scale.double().reciprocal()).float()
         return (x.double() / scale.double()).float()

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import compute_dtype, divide
-from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
+from .arithmetic import code_dtype, compute_dtype, divide
+from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
 from .formats import FP8Format
 from .layout import with_layout_of_input
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
@@ -100,7 +100,21 @@ def round_stochastic(a: Tensor, format: FP8Format, random_bits: Tensor) -> Tenso
 
 
 def project(q: Tensor, format: FP8Format, saturation: str, rounding: str, random_bits: Tensor | None) -> Tensor:
-    """The magnitude of the projection of q: rounded, then saturated; NaN stays NaN in every format."""
+    """The magnitude of the projection of q, in q's dtype: rounded, then saturated; NaN stays NaN in every format."""
+    modes = saturation, rounding, random_bits
+    wide = q.double() if format.needs_float64 else q
+    if format.is_signed:
+        return project_signed(wide, format, *modes).to(q.dtype)
+    lowest = 0.0 if format.has_zero else format.smallest_subnormal
+    if saturation != "none" or not format.has_nan:
+        return project_signed(wide.clamp(min=lowest), format, *modes).to(q.dtype)
+    r = project_signed(wide if format.has_zero else wide.clamp(min=lowest), format, *modes)
+    is_beyond = (wide < 0) & (r > 0) if format.has_zero else wide <= 0
+    return r.masked_fill(is_beyond, float("nan")).to(q.dtype)
+
+
+def project_signed(q: Tensor, format: FP8Format, saturation: str, rounding: str, random_bits: Tensor | None) -> Tensor:
+    """:func:`project` but for what an unsigned format does to numbers below its smallest."""
     max_value = format.max_representable_value
     a, is_negative = q.abs(), q < 0
 
@@ -134,42 +148,53 @@ def has_sign_bit(q: Tensor) -> Tensor:
 def pack(r: Tensor, is_negative: Tensor, format: FP8Format) -> Tensor:
     """The codes of magnitudes that are on the grid, infinite or NaN."""
     max_value = format.max_representable_value
+    # With at most 8 significant bits, log2 is below an integer by 0.005 or not at all, so log2 and exp2 may be
+    # approximate. It is below by 0.7 * 2^-M; float64 has more room for large M, and for wide ranges.
+    r = r.double() if format.needs_float64 or format.mantissa_bits > 7 else r
     a = r.clamp(max=max_value)
-    # At most 8 significant bits: log2 is below an integer by 0.005 or not at all, so log2 and exp2 may be approximate.
-    exponent = (a.log2() + 2.0**-9).floor().clamp(min=format.min_exponent)
+    exponent = (a.log2() + 2.0 ** -max(9, format.mantissa_bits + 2)).floor().clamp(min=format.min_exponent)
     significand = (a * (format.mantissa_bits - exponent).exp2()).round()
     code = significand + (exponent - format.min_exponent) * 2.0**format.mantissa_bits
+    if not format.has_zero:
+        code = code - 1
     if format.inf_code is not None:
         code = code.masked_fill(r > max_value, format.inf_code)
-    is_negative = is_negative & (r >= 0 if format.has_negative_zero else r > 0)  # NaN has no sign
-    code = code + is_negative.to(code.dtype) * format.sign_code
+    if format.is_signed:
+        is_negative = is_negative & (r >= 0 if format.has_negative_zero else r > 0)  # NaN has no sign
+        code = code + is_negative.to(code.dtype) * format.sign_code
     nan_code = format.max_code if format.nan_code is None else format.nan_code
-    return code.masked_fill(r.isnan(), nan_code).to(torch.uint8)
+    return code.masked_fill(r.isnan(), nan_code).to(code_dtype(format))
 
 
 def unpack(codes: Tensor, format: FP8Format, dtype: torch.dtype) -> Tensor:
     """The values of codes, exactly: the significand times a power of two for each bit of the exponent."""
     mantissa_bits, sign_code = format.mantissa_bits, format.sign_code
+    codes = codes if format.sign_code < 256 else codes.to(torch.int32)  # few operators take uint16
+    values = torch.float64 if format.needs_float64 else dtype
     magnitude = codes & (sign_code - 1)
-    mantissa = (codes & ((1 << mantissa_bits) - 1)).to(dtype)
-    is_normal = magnitude >= 1 << mantissa_bits
-    significand = torch.where(is_normal, mantissa + 2.0**mantissa_bits, mantissa * 2.0)
+    mantissa = (codes & ((1 << mantissa_bits) - 1)).to(values)
+    if format.has_zero:
+        significand = torch.where(magnitude >= 1 << mantissa_bits, mantissa + 2.0**mantissa_bits, mantissa * 2.0)
+    else:
+        significand = mantissa + 1.0
     value = significand * 2.0 ** (-format.bias - mantissa_bits)
     for bit in range(format.exponent_bits):
         is_set = (codes & (1 << (mantissa_bits + bit))) != 0
         value = torch.where(is_set, value * 2.0 ** (1 << bit), value)
-    is_negative = (codes & sign_code) != 0
+    is_negative = (codes & (sign_code if format.is_signed else 0)) != 0
     if not format.has_negative_zero:
         value = value.masked_fill(is_negative & (magnitude == 0), float("nan"))
     elif format.has_nan:
         value = value.masked_fill(magnitude > format.max_code, float("nan"))
         if format.inf_code is not None:
             value = value.masked_fill(magnitude == format.inf_code, float("inf"))
-    return value * (1.0 - 2.0 * is_negative.to(dtype))
+    return (value * (1.0 - 2.0 * is_negative.to(values))).to(dtype)
 
 
 def with_sign_of(r: Tensor, q: Tensor, format: FP8Format) -> Tensor:
-    """The magnitude r with the sign of q."""
+    """The magnitude r with the sign of q, where the format has one."""
+    if not format.is_signed:
+        return r
     signed = torch.copysign(r, q)
     return signed if format.has_negative_zero else torch.where(r > 0, signed, r)
 
@@ -179,6 +204,8 @@ def with_sign_of_portable(r: Tensor, q: Tensor, format: FP8Format) -> Tensor:
 
     The reciprocal in it costs 30 % of the time of a compiled CPU kernel, so it is not the only one.
     """
+    if not format.is_signed:
+        return r
     is_negative = has_sign_bit(q) if format.has_negative_zero else q < 0
     if not format.has_negative_zero:
         is_negative = is_negative & (r > 0)
@@ -195,7 +222,7 @@ def quantize(
     sign: Callable[..., Tensor] = with_sign_of,
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
-    q = divide(x, scale, rounding)
+    q = divide(x, scale, None if f.needs_float64 else rounding)
     return (sign(project(q, f, saturation, rounding, random_bits), q, f) * scale.to(q.dtype)).to(x.dtype)
 
 
@@ -210,7 +237,7 @@ def project_to(
     sign: Callable[..., Tensor] = with_sign_of,
 ) -> Tensor:
     f = check_project(x, scale, format, saturation, rounding, dtype, random_bits)
-    q = divide(x, scale, rounding)
+    q = divide(x, scale, None if f.needs_float64 else rounding)
     return sign(project(q, f, saturation, rounding, random_bits), q, f).to(dtype or x.dtype)
 
 
@@ -222,8 +249,8 @@ def encode(
     rounding: str = ROUNDINGS[0],
     random_bits: Tensor | None = None,
 ) -> Tensor:
-    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
-    q = divide(x, scale, rounding)
+    f = check_encode(x, scale, format, saturation, rounding, random_bits)
+    q = divide(x, scale, None if f.needs_float64 else rounding)
     return pack(project(q, f, saturation, rounding, random_bits), has_sign_bit(q), f)
 
 

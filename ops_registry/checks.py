@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import code_dtype
 from .formats import FP8Format, resolve
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 
@@ -41,6 +42,21 @@ def check_quantize(
     return resolve(format)
 
 
+def check_encode(x: Tensor, scale: Tensor, format: str, *args: Any, **random_bits: Any) -> FP8Format:
+    """Checks the arguments of encode; returns the format."""
+    f = check_quantize(x, scale, format, *args, **random_bits)
+    _check_has_codes(f)
+    return f
+
+
+def _check_has_codes(format: FP8Format) -> None:
+    if format.code_bytes is None:
+        raise ValueError(
+            f"codes have at most 16 bits, and {format.name} has {format.bits}: "
+            "quantize simulates it, encode and decode do not take it"
+        )
+
+
 def check_project(
     x: Tensor,
     scale: Tensor,
@@ -72,13 +88,15 @@ def _check_random_bits(random_bits: Tensor, x: Tensor) -> None:
 
 def check_decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> FP8Format:
     """Checks the arguments of decode; returns the format."""
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must have dtype torch.uint8, got {codes.dtype}")
+    f = resolve(format)
+    _check_has_codes(f)
+    if codes.dtype != code_dtype(f):
+        raise TypeError(f"codes must have dtype {code_dtype(f)}, got {codes.dtype}")
     _check_strided("codes", codes)
     _check_scale(scale, "codes", codes)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be one of {_names(FLOAT_DTYPES)} or None, got {dtype}")
-    return resolve(format)
+    return f
 
 
 def check_dequantize(x: Tensor, scale: Tensor) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import aten
-from .arithmetic import compute_dtype
-from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
+from .arithmetic import code_dtype, compute_dtype
+from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
 from .formats import resolve
 from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
@@ -30,7 +30,16 @@ _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode",
 _DTYPES = {
     dtype: i
     for i, dtype in enumerate(
-        (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
+        (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+            torch.uint8,
+            torch.int32,
+            torch.int64,
+            torch.uint16,
+        )
     )
 }
 _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
@@ -106,14 +115,24 @@ def _plan(
     overflows = saturation == "none" and f.has_nan
     keeps_infinity = overflows or (saturation == "propagate" and f.has_inf)
     # One step beyond max is enough to see an overflow; rounding a finite value inwards stops at max.
-    limit_positive = f.max_code + (overflows and rounding not in ("toward_zero", "toward_negative"))
-    limit_negative = f.max_code + (overflows and rounding not in ("toward_zero", "toward_positive"))
+    max_code = f.max_code + (not f.has_zero)
+    limit_positive = max_code + (overflows and rounding not in ("toward_zero", "toward_negative"))
+    limit_negative = max_code + (overflows and rounding not in ("toward_zero", "toward_positive"))
     is_double = torch.float64 in (x_dtype, out_dtype)
     dtypes = [_DTYPES[dtype] for dtype in (x_dtype, scale_dtype, random_dtype, out_dtype)]
     fields = [_OPERATIONS[operation], is_double, *dtypes, _ROUNDINGS[rounding], RANDOM_BITS[random_dtype]]
-    fields += [f.mantissa_bits, f.min_exponent, f.bits - 1, f.max_code, nan_code]
+    fields += [
+        f.mantissa_bits,
+        f.min_exponent,
+        f.exponent_bits + f.mantissa_bits + (not f.has_zero),
+        max_code,
+        nan_code,
+    ]
     fields += [f.has_inf, f.has_nan, f.has_negative_zero]
-    fields += [overflows, limit_positive, limit_negative, f.max_code + keeps_infinity]
+    fields += [overflows, limit_positive, limit_negative, max_code + keeps_infinity]
+    has_wide_codes = f.code_bytes != 1 and operation in ("encode", "decode")
+    is_wide = operation != "dequantize" and (f.needs_float64 or not f.is_signed or has_wide_codes)
+    fields += [is_wide, f.is_signed, f.has_zero, f.bits]
     return struct.pack(f"{len(fields)}i", *fields)
 
 
@@ -190,8 +209,8 @@ def encode(
     rounding: str = ROUNDINGS[0],
     random_bits: Tensor | None = None,
 ) -> Tensor:
-    check_quantize(x, scale, format, saturation, rounding, random_bits)
-    out = torch.empty_like(x, dtype=torch.uint8)
+    f = check_encode(x, scale, format, saturation, rounding, random_bits=random_bits)
+    out = torch.empty_like(x, dtype=code_dtype(f))
     return _project("encode", out, x, scale, format, saturation, rounding, random_bits=random_bits)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import aten
-from .checks import check_decode, check_project, check_quantize
+from .arithmetic import code_dtype
+from .checks import check_decode, check_encode, check_project, check_quantize
 from .formats import FP8Format
 from .layout import strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
@@ -191,8 +192,8 @@ def encode(
     rounding: str = ROUNDINGS[0],
     random_bits: Tensor | None = None,
 ) -> Tensor:
-    f = check_quantize(x, scale, format, saturation, rounding, random_bits)
-    out = torch.empty_like(x, dtype=torch.uint8)
+    f = check_encode(x, scale, format, saturation, rounding, random_bits=random_bits)
+    out = torch.empty_like(x, dtype=code_dtype(f))
     inputs = [x, out if random_bits is None else random_bits]
     if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "packed"):
         return out

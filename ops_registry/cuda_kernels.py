@@ -34,8 +34,10 @@ def parts_of(scale):
 
 
 @triton.jit
-def quotient(x, scale, limit: tl.constexpr, by_reciprocal: tl.constexpr):
+def quotient(x, scale, limit: tl.constexpr, by_reciprocal: tl.constexpr, in_float64: tl.constexpr):
     """(min(|x / scale|, limit), whether the quotient is infinite, a number with its sign), correctly rounded.
+
+    in_float64: to the compute type, and then given in float64, for which alone the limit may be too large.
 
     by_reciprocal: scale serves many x, and results below 2^-100 need not be exact. x * power is exact where the
     quotient is not below that; a product with r is off by less than 1.5 ulp, and what is left of the dividend corrects
@@ -50,6 +52,8 @@ def quotient(x, scale, limit: tl.constexpr, by_reciprocal: tl.constexpr):
         return tl.fma(tl.fma(q, -m, a), r, q), tl.abs(x) >= m * 2.0**64 * 2.0**64, x
     else:
         q = x / scale if x.dtype == tl.float64 else tl.div_rn(x, scale)  # Triton's float32 `/` is not IEEE's
+        if in_float64:
+            q = q.to(tl.float64)
         a = tl.abs(q)
         return tl.where(a > limit, limit, a), a == float("inf"), q
 
@@ -169,15 +173,58 @@ def project(
 
 
 @triton.jit
-def with_sign_of(r, q, format: tl.constexpr):
-    """The magnitude r with the sign bit of q; without -0, zero has none."""
-    if q.dtype == tl.float64:
-        sign = q.to(tl.int64, bitcast=True) & -0x8000000000000000
-        signed = (r.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
+def project_unsigned(
+    a, is_infinite, q, random, format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr
+):  # fmt: skip
+    """:func:`project` in an unsigned format: what is below its smallest value becomes that, or NaN in "none"."""
+    is_nan: tl.constexpr = saturation == "none" and format.has_nan
+    lowest: tl.constexpr = 0.0 if format.has_zero else format.smallest_subnormal
+    is_below = q < 0 if format.has_zero else q <= 0
+    if not format.has_zero:
+        a = tl.where(a < lowest, lowest, a)
+    r = project(a, is_infinite & ~is_below, is_below, random, format, saturation, rounding)
+    if is_nan:
+        return tl.where(is_below & (r > 0), float("nan"), r)
     else:
-        sign = q.to(tl.int32, bitcast=True) & -0x80000000
-        signed = (r.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return signed if format.has_negative_zero else tl.where(r == 0, r, signed)
+        return tl.where(is_below, lowest, r)
+
+
+@triton.jit
+def with_sign_of(r, q, format: tl.constexpr):
+    """The magnitude r with the sign bit of q; without -0, zero has none, and unsigned nothing has."""
+    if not format.is_signed:
+        return r
+    else:
+        if q.dtype == tl.float64:
+            sign = q.to(tl.int64, bitcast=True) & -0x8000000000000000
+            signed = (r.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
+        else:
+            sign = q.to(tl.int32, bitcast=True) & -0x80000000
+            signed = (r.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        return signed if format.has_negative_zero else tl.where(r == 0, r, signed)
+
+
+@triton.jit
+def pack_in_float64(r, q, format: tl.constexpr):
+    """:func:`pack` for every format. Below 2^min_exponent, adding that makes the exponent the smallest normal's."""
+    smallest: tl.constexpr = 2.0**format.min_exponent
+    m: tl.constexpr = format.mantissa_bits
+    first: tl.constexpr = (1023 + format.min_exponent) << m  # what a subnormal has too much, and a normal but for 2^M
+    r = r.to(tl.float64)
+    is_subnormal = r < smallest
+    code = tl.where(is_subnormal, r + smallest, r).to(tl.int64, bitcast=True) >> (52 - m)
+    code = code - tl.where(is_subnormal, first, first - (1 << m))
+    if not format.has_zero:
+        code = code - 1
+    if format.inf_code is not None:
+        code = tl.where(r == float("inf"), format.inf_code, code)
+    if format.is_signed:
+        is_negative = q.to(tl.float64).to(tl.int64, bitcast=True) < 0
+        if not format.has_negative_zero:
+            is_negative = is_negative & (code != 0)
+        code = tl.where(is_negative, code + format.sign_code, code)
+    nan_code: tl.constexpr = format.max_code if format.nan_code is None else format.nan_code
+    return tl.where(r != r, nan_code, code)
 
 
 @triton.jit
@@ -199,7 +246,7 @@ def pack(r, q, format: tl.constexpr):
     if not format.has_negative_zero:
         sign = tl.where(code == 0, 0, sign)
     nan_code: tl.constexpr = format.max_code if format.nan_code is None else format.nan_code
-    return (tl.where(r != r, nan_code << down, code | sign) >> down).to(tl.uint8)
+    return tl.where(r != r, nan_code << down, code | sign) >> down
 
 
 @triton.jit
@@ -217,6 +264,23 @@ def unpack(codes, format: tl.constexpr):
         if format.inf_code is not None:
             value = tl.where(magnitude == format.inf_code, float("inf"), value)
     return (value.to(tl.int32, bitcast=True) | (sign << (32 - format.bits))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unpack_in_float64(codes, format: tl.constexpr):
+    """:func:`unpack` for every format, in float64."""
+    codes = codes.to(tl.int64) & ((1 << format.bits) - 1)
+    magnitude = codes & (format.sign_code - 1)
+    value = (magnitude if format.has_zero else magnitude + 1) << (52 - format.mantissa_bits)
+    value = value.to(tl.float64, bitcast=True) * 2.0**1022 * 2.0**format.min_exponent
+    if not format.has_negative_zero:
+        value = tl.where((codes == format.sign_code), float("nan"), value)
+    elif format.has_nan:
+        value = tl.where(magnitude > format.max_code, float("nan"), value)
+        if format.inf_code is not None:
+            value = tl.where(magnitude == format.inf_code, float("inf"), value)
+    sign = (codes & format.sign_code) << (63 - format.exponent_bits - format.mantissa_bits)
+    return (value.to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)  # Triton's -value is 0 - value
 
 
 @triton.jit
@@ -314,15 +378,22 @@ def project_block(
     overflows: tl.constexpr = saturation == "none" and format.has_nan
     limit: tl.constexpr = format.overflow_value if overflows else format.max_representable_value
     is_nearest: tl.constexpr = rounding == "nearest_ties_to_even" and format.quantum >= 2.0**-98
-    by_reciprocal: tl.constexpr = is_nearest and compute == tl.float32 and not walk.moves_in_row
-    a, is_infinite, q = quotient(x.to(compute), scale, limit, by_reciprocal)
-    r = project(a, is_infinite, q < 0, random, format, saturation, rounding)
+    is_wide: tl.constexpr = format.needs_float64
+    may_vanish: tl.constexpr = format.has_zero and not is_wide  # as q may in the product with a reciprocal
+    by_reciprocal: tl.constexpr = is_nearest and may_vanish and compute == tl.float32 and not walk.moves_in_row
+    a, is_infinite, q = quotient(x.to(compute), scale, limit, by_reciprocal, is_wide)
+    if format.is_signed:
+        r = project(a, is_infinite, q < 0, random, format, saturation, rounding)
+    else:
+        r = project_unsigned(a, is_infinite, q, random, format, saturation, rounding)
+    out_dtype: tl.constexpr = out_ptr.dtype.element_ty
     if result == "packed":
-        tl.store(out_ptr + i, pack(r, q, format), mask)
+        codes = pack_in_float64(r, q, format) if is_wide or not format.is_signed else pack(r, q, format)
+        tl.store(out_ptr + i, codes.to(out_dtype), mask)
     elif result == "projected":
-        tl.store(out_ptr + i, with_sign_of(r, q, format).to(out_ptr.dtype.element_ty), mask)
+        tl.store(out_ptr + i, with_sign_of(r, q, format).to(compute).to(out_dtype), mask)
     else:  # multiply
-        tl.store(out_ptr + i, (with_sign_of(r, q, format) * scale).to(x.dtype), mask)
+        tl.store(out_ptr + i, (with_sign_of(r, q, format).to(compute) * scale).to(x.dtype), mask)
 
 
 @triton.jit
@@ -335,7 +406,9 @@ def decode_block(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     scale = load_scale(scale_ptr, base, column, n, sizes, strides, walk, rows, columns).to(compute)
-    value = unpack(tl.load(codes_ptr + i, mask), format).to(compute)
+    codes = tl.load(codes_ptr + i, mask)
+    value = unpack_in_float64(codes, format) if format.needs_float64 or not format.is_signed else unpack(codes, format)
+    value = value.to(compute)
     tl.store(out_ptr + i, (value * scale).to(dtype), mask)
 
 

@@ -1,4 +1,4 @@
-"""Small floating-point formats as data: seven fields say everything, every other number is derived from them."""
+"""Small floating-point formats as data: eight fields say everything, every other number is derived from them."""
 
 import math
 import re
@@ -22,6 +22,12 @@ NAMED_FORMATS = {
     "E2M1": "e2m1b1f",
     "E4M3FNUZ": "e4m3b8fnuz",
     "E5M2FNUZ": "e5m2b16fnuz",
+    "FP16": "e5m10b15",
+    "BF16": "e8m7b127",
+    "TF32": "e8m10b127",
+    "E8M0": "e8m0b127fnu",
+    "UE4M3": "e4m3b7fnu",
+    "UE5M3": "e5m3b15fnu",
 }
 
 # What other projects call a format: torch and ml_dtypes by its dtype.
@@ -36,9 +42,16 @@ ALIASES = {
     "float6_e2m3fn": "E2M3",
     "float6_e3m2fn": "E3M2",
     "float4_e2m1fn": "E2M1",
+    "float16": "FP16",
+    "bfloat16": "BF16",
+    "float8_e8m0fnu": "E8M0",
+    "ue8m0": "E8M0",
 }
 
-GRAMMAR = "e<exponent bits>m<mantissa bits>b<bias> and one of '' (IEEE specials), 'fn', 'fnuz', 'f' (all finite)"
+GRAMMAR = (
+    "e<exponent bits>m<mantissa bits>b<bias>, one of '' (IEEE specials), 'fn', 'fnuz', 'f' (all finite), "
+    "and 'u' where there is no sign"
+)
 
 # suffix -> (has_inf, has_nan, has_negative_zero)
 _SPECIALS = {
@@ -47,35 +60,41 @@ _SPECIALS = {
     "fnuz": (False, True, False),
     "f": (False, False, True),
 }
-_SPELLING = re.compile(r"e([0-9])m([0-9])b(-?[0-9]{1,3})(fnuz|fn|f|)")
+_SPELLING = re.compile(r"e([0-9]{1,2})m([0-9]{1,2})b(-?[0-9]{1,3})(fnuz|fn|f|)(u?)")
 
-# The kernels compute in float32, whose smallest normal is 2^-126. A quantum of twice that keeps every value, midpoint
-# and power of two between normal. Below 2^104 the product a * 2^(23 - M) in the rounding stays finite.
-_MIN_QUANTUM_EXPONENT = -125
-_MAX_VALUE_EXPONENT = 104
+# All values are float32 numbers, and a format has at most the bits of TF32; codes are one or two bytes.
+_MAX_BITS, _MAX_CODE_BITS = 19, 16
+_MIN_QUANTUM_EXPONENT, _MAX_OVERFLOW_EXPONENT = -149, 128
+# Where float32 has room for the arithmetic of the rounding as well: its smallest normal is 2^-126, and a quantum of
+# twice that keeps every value, midpoint and power of two normal; below 2^104 the product a * 2^(23 - M) stays finite.
+_NARROW_QUANTUM, _NARROW_OVERFLOW = 2.0**-125, 2.0**104
 
 
 @dataclass(frozen=True)
 class FP8Format:
-    """A signed floating-point format of at most 8 bits: the values of its codes, in exact arithmetic.
+    """A floating-point format of at most 19 bits: the values of its codes, in exact arithmetic.
 
-    A code is, from the top bit: sign s, E exponent bits e, M mantissa bits m. Its value is
-    ``(-1)^s * 2^(e - bias) * (1 + m / 2^M)`` for e > 0 and ``(-1)^s * 2^(1 - bias) * (m / 2^M)`` for e = 0.
-    E = 0 makes every code a subnormal: signed fixed point. The words are those of IEEE P3109 and OCP OFP8.
+    The name is from the days of 8 bits; float16, bfloat16 and TF32 are formats like any other. A code is, from the top
+    bit: sign s, E exponent bits e, M mantissa bits m. Its value is ``(-1)^s * 2^(e - bias) * (1 + m / 2^M)`` for e > 0
+    and ``(-1)^s * 2^(1 - bias) * (m / 2^M)`` for e = 0. E = 0 makes every code a subnormal: signed fixed point. An
+    unsigned format has the same values without s; with M = 0 it is powers of two alone, 2^(e - bias) for e = 0 too, and
+    has no zero (OCP's E8M0). The words are those of IEEE P3109 and OCP OFP8.
 
     Args:
         name: a named format's name (``"E5M2"``) or the spelling of the fields below (``"e5m2b15"``).
-        exponent_bits: E, 0 to 7.
-        mantissa_bits: M, the stored fraction bits, 0 to 7; 1 + E + M <= 8.
+        exponent_bits: E, 0 to 8.
+        mantissa_bits: M, the stored fraction bits; sign, E and M together are at most 19. ``encode`` and ``decode``
+            take formats of at most 16 bits.
         bias: the exponent bias.
         has_inf: the format has infinities; the top exponent is then IEEE's.
         has_nan: the format has NaN.
-        has_negative_zero: False makes the code of -0 the only NaN (``fnuz``).
+        has_negative_zero: False makes the code of -0 the only NaN (``fnuz``). Unsigned formats leave it True.
+        is_signed: False for a format without a sign bit.
 
     Raises:
         TypeError: a field of the wrong type.
         ValueError: a field out of range, an impossible mix of specials, a name that means another format, or a bias
-            that moves values out of the normal range of float32 (quantum below 2^-125, or a value of 2^104 and above).
+            that moves values out of float32 (a quantum below 2^-149, or a value of 2^128 and above).
 
     Example:
         >>> from altgrad.quantization import E5M2
@@ -90,16 +109,19 @@ class FP8Format:
     has_inf: bool
     has_nan: bool
     has_negative_zero: bool = True
+    is_signed: bool = True
 
     def __post_init__(self) -> None:
         for name in ("exponent_bits", "mantissa_bits", "bias"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
         exponent_bits, mantissa_bits = self.exponent_bits, self.mantissa_bits
-        if not (0 <= exponent_bits <= 7 and 0 <= mantissa_bits <= 7 and 1 + exponent_bits + mantissa_bits <= 8):
+        if not 0 <= exponent_bits <= 8:
+            raise ValueError(f"exponent_bits must be 0 to 8, got {exponent_bits}")
+        if mantissa_bits < 0 or self.bits > _MAX_BITS:
             raise ValueError(
-                f"exponent_bits and mantissa_bits must be 0 to 7 with 1 + E + M <= 8, "
-                f"got E={exponent_bits} and M={mantissa_bits}"
+                f"mantissa_bits must be at least 0, and sign, exponent and mantissa at most {_MAX_BITS} bits together, "
+                f"got mantissa_bits={mantissa_bits} and {self.bits} bits"
             )
         if self._specials not in _SPECIALS.values():
             raise ValueError(
@@ -107,12 +129,19 @@ class FP8Format:
             )
         if self.has_inf and (exponent_bits == 0 or mantissa_bits == 0):
             raise ValueError(f"IEEE specials need E >= 1 and M >= 1, got E={exponent_bits} and M={mantissa_bits}")
+        if not self.is_signed and not self.has_negative_zero:
+            raise ValueError(
+                "an unsigned format has no code of -0 that could be NaN: 'fnuz' and 'u' exclude each other"
+            )
         if self.max_code < 1:
             raise ValueError(f"{self.spelling} has no finite value but zero")
-        if self.min_exponent - mantissa_bits < _MIN_QUANTUM_EXPONENT or self.overflow_value >= 2.0**_MAX_VALUE_EXPONENT:
+        if (
+            self.min_exponent - mantissa_bits < _MIN_QUANTUM_EXPONENT
+            or self.overflow_value > 2.0**_MAX_OVERFLOW_EXPONENT
+        ):
             raise ValueError(
-                f"bias {self.bias} of {self.spelling} is out of range: the smallest value must be at least "
-                f"2^{_MIN_QUANTUM_EXPONENT} and the largest below 2^{_MAX_VALUE_EXPONENT}"
+                f"bias {self.bias} of {self.spelling} is out of range: values must be float32 numbers, multiples of "
+                f"2^{_MIN_QUANTUM_EXPONENT} below 2^{_MAX_OVERFLOW_EXPONENT}"
             )
         if self.name != self.spelling and NAMED_FORMATS.get(self.name) != self.spelling:
             raise ValueError(f"name must be the spelling {self.spelling!r} or a name of it, got {self.name!r}")
@@ -129,22 +158,37 @@ class FP8Format:
     def spelling(self) -> str:
         """The canonical spelling, e.g. ``"e4m3b7fn"``: all fields in one word, accepted wherever a name is."""
         suffix = next(suffix for suffix, specials in _SPECIALS.items() if specials == self._specials)
-        return f"e{self.exponent_bits}m{self.mantissa_bits}b{self.bias}{suffix}"
+        return f"e{self.exponent_bits}m{self.mantissa_bits}b{self.bias}{suffix}{'' if self.is_signed else 'u'}"
 
     @cached_property
     def bits(self) -> int:
         """Width of a code, sign included."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        return self.is_signed + self.exponent_bits + self.mantissa_bits
+
+    @cached_property
+    def code_bytes(self) -> int | None:
+        """Bytes that a code is stored in: 1, 2, or None beyond 16 bits, where a format can be simulated only."""
+        return 1 if self.bits <= 8 else 2 if self.bits <= _MAX_CODE_BITS else None
+
+    @cached_property
+    def has_zero(self) -> bool:
+        """Whether zero is a value: in all formats but the unsigned ones without mantissa."""
+        return self.is_signed or self.mantissa_bits > 0
+
+    @cached_property
+    def needs_float64(self) -> bool:
+        """Whether float32 has no room for the arithmetic of its rounding; all its values are float32 numbers."""
+        return self.quantum < _NARROW_QUANTUM or self.overflow_value >= _NARROW_OVERFLOW
 
     @cached_property
     def sign_code(self) -> int:
-        """The code with only the sign bit set: -0, or NaN where there is no -0."""
-        return 1 << (self.bits - 1)
+        """The code with only the sign bit set: -0, or NaN where there is no -0; unsigned codes are below it."""
+        return 1 << (self.exponent_bits + self.mantissa_bits)
 
     @cached_property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal and of the subnormals: 1 - bias."""
-        return 1 - self.bias
+        """Exponent of the smallest normal and of the subnormals: 1 - bias, or -bias in formats without zero."""
+        return self.has_zero - self.bias
 
     @cached_property
     def max_code(self) -> int:
@@ -175,12 +219,12 @@ class FP8Format:
     @cached_property
     def smallest_subnormal(self) -> float:
         """The smallest positive value."""
-        return self._magnitude(1)
+        return self._magnitude(int(self.has_zero))
 
     @cached_property
     def smallest_normal(self) -> float | None:
         """The smallest value with e > 0, None where all finite codes are subnormal."""
-        code = 1 << self.mantissa_bits
+        code = self.has_zero << self.mantissa_bits
         return self._magnitude(code) if code <= self.max_code else None
 
     @cached_property
@@ -196,8 +240,8 @@ class FP8Format:
     def _magnitude(self, code: int) -> float:
         """Value of a code without sign, read as a number whatever the specials."""
         exponent, mantissa = divmod(code, 1 << self.mantissa_bits)
-        significand = mantissa + (1 << self.mantissa_bits) * (exponent > 0)
-        return math.ldexp(significand, max(exponent, 1) - self.bias - self.mantissa_bits)
+        significand = mantissa + (1 << self.mantissa_bits) * (exponent >= self.has_zero)
+        return math.ldexp(significand, max(exponent, int(self.has_zero)) - self.bias - self.mantissa_bits)
 
     def to_real(self, code: int) -> float:
         """The value of a code, exactly.
@@ -213,8 +257,8 @@ class FP8Format:
             >>> E4M3.to_real(0x7E), E4M3.to_real(0x7F)
             (448.0, nan)
         """
-        if code not in range(2 * self.sign_code):
-            raise ValueError(f"code must be an integer from 0 to {2 * self.sign_code - 1}, got {code!r}")
+        if code not in range(1 << self.bits):
+            raise ValueError(f"code must be an integer from 0 to {(1 << self.bits) - 1}, got {code!r}")
         magnitude = code % self.sign_code
         if (not self.has_negative_zero and code == self.sign_code) or magnitude > self.max_code:
             return math.copysign(math.inf, self.sign_code - 1 - code) if magnitude == self.inf_code else math.nan
@@ -223,7 +267,8 @@ class FP8Format:
     def to_bits(self, value: float) -> int:
         """The code of the nearest value, ties to the even code; beyond the largest, the largest.
 
-        NaN goes to the format's NaN and infinity to its infinity; where there is none, to the largest value.
+        NaN goes to the format's NaN and infinity to its infinity; where there is none, to the largest value. What is
+        below the smallest value of an unsigned format goes there.
 
         Example:
             >>> from altgrad.quantization import E4M3
@@ -232,6 +277,8 @@ class FP8Format:
         """
         if math.isnan(value):
             return self.max_code if self.nan_code is None else self.nan_code
+        if not self.is_signed:
+            value = max(0.0 if self.has_zero else self.smallest_subnormal, value)  # the first of equal ones: never -0
         magnitude = self.inf_code if math.isinf(value) and self.inf_code is not None else self._nearest(abs(value))
         is_negative = math.copysign(1.0, value) < 0 and (magnitude > 0 or self.has_negative_zero)
         return magnitude + self.sign_code * is_negative
@@ -240,9 +287,9 @@ class FP8Format:
         if value >= self.max_representable_value:
             return self.max_code
         exponent = max(math.frexp(value or self.quantum)[1] - 1, self.min_exponent)
-        # Codes without sign count the values upwards, also from one exponent to the next.
+        # Codes without sign count the values upwards, also from one exponent to the next; without zero from 0 on.
         position = Fraction(value) / Fraction(2) ** (exponent - self.mantissa_bits)
-        position += (exponent - self.min_exponent) << self.mantissa_bits
+        position += ((exponent - self.min_exponent) << self.mantissa_bits) - (not self.has_zero)
         return round(position)  # Fraction rounds ties to even, and the even position is the even code
 
 
@@ -284,8 +331,12 @@ def _parse(format: str) -> FP8Format:
             f"unknown format {format!r}: expected one of {', '.join(NAMED_FORMATS)}, or a spelling {GRAMMAR}"
         )
     exponent_bits, mantissa_bits, bias = (int(group) for group in match.groups()[:3])
-    name = format.upper() if format.upper() in NAMED_FORMATS else f"e{exponent_bits}m{mantissa_bits}b{bias}{match[4]}"
-    return FP8Format(name, exponent_bits, mantissa_bits, bias, *_SPECIALS[match[4]])
+    name = (
+        format.upper()
+        if format.upper() in NAMED_FORMATS
+        else f"e{exponent_bits}m{mantissa_bits}b{bias}{match[4]}{match[5]}"
+    )
+    return FP8Format(name, exponent_bits, mantissa_bits, bias, *_SPECIALS[match[4]], is_signed=not match[5])
 
 
 def _resolve(name: str) -> FP8Format:

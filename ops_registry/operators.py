@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arithmetic import compute_dtype
-from .checks import check_amax, check_decode, check_dequantize, check_project, check_quantize
+from .arithmetic import code_dtype, compute_dtype
+from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
+from .formats import resolve
 from .modes import ROUNDINGS, SATURATIONS
 
 _PROJECTION = f'str format, str saturation="{SATURATIONS[0]}"'
@@ -72,8 +73,8 @@ def _projected(
     return torch.empty_like(x, dtype=dtype)
 
 
-def _codes(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
+def _codes(x: Tensor, scale: Tensor, format: str, *args: Any, **random_bits: Any) -> Tensor:
+    return torch.empty_like(x, dtype=code_dtype(resolve(format)))
 
 
 def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -88,8 +89,8 @@ def _reduced(x: Tensor, dims: list[int]) -> Tensor:
 OPERATORS = {
     "quantize": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
-    "encode": Operator(_DETERMINISTIC, check_quantize, _codes),
-    "encode_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _codes),
+    "encode": Operator(_DETERMINISTIC, check_encode, _codes),
+    "encode_stochastic": Operator(_STOCHASTIC, stochastic(check_encode), stochastic(_codes)),
     "quantize_gradient": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_gradient_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
     "project": Operator(_DETERMINISTIC.replace(") -> Tensor", _TO_DTYPE), check_project, _projected),

@@ -16,7 +16,8 @@ from altgrad.quantization import FORMAT_REGISTRY, resolve
 _inductor_cache = tempfile.TemporaryDirectory(prefix="altgrad-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
-NAMED = list(FORMAT_REGISTRY.values())
+# Signed and of one byte; test_wide_formats.py has the others.
+NAMED = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.is_signed]
 # Every combination of specials, and every edge of the grammar: no exponent, no mantissa, one bit of each, far biases.
 _SPELLINGS = """
 e3m4b3 e4m3b7 e4m3b11fnuz e5m2b15fn e5m2b1f e3m0b3f e2m0b1fn e1m0b0f e4m0b8fnuz e6m0b31fn
@@ -24,6 +25,13 @@ e7m0b30fn e0m1b1f e0m7b20f e0m3b1fnuz e0m5b-9fn e1m2b1 e1m6b1 e3m2b-60f e2m2b100
 """
 SPELLED = [resolve(spelling) for spelling in _SPELLINGS.split()]
 FORMATS = NAMED + SPELLED
+WIDE_NAMED = [f for f in FORMAT_REGISTRY.values() if f.bits > 8 or not f.is_signed]
+# DeepSeek's, other papers', every kind of specials, P3109's unsigned ones, and the ends of float32's range.
+_WIDE_SPELLINGS = """
+e5m6b15 e6m9b31 e4m9b7fn e7m8b64fnuz e0m15b1f e1m14b20f e5m13b15
+e4m3b16fnu e5m3b16u e2m1b1fu e0m8b1fu e0m4b1fnu e7m0b63fnu e6m0b140fu e8m1b127u e5m10b130fnu e8m7b128fnuz e2m2b145f
+"""
+WIDE = WIDE_NAMED + [resolve(spelling) for spelling in _WIDE_SPELLINGS.split()]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -96,6 +104,22 @@ def near_ties(f, dtype=torch.float32):
     return torch.from_numpy(np.concatenate([points, -points]))
 
 
+def points_of(f, dtype=torch.float32):
+    """Values and midpoints, all of a small format, with their neighbours; specials and the ends of the dtype."""
+    numpy_dtype = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    values, midpoints = reference.grid(f)
+    few = np.unique(np.concatenate([np.arange(200), np.arange(0, len(midpoints), 1 + len(midpoints) // 1500)]))
+    few = np.unique(np.concatenate([few, len(midpoints) - 1 - few]))
+    few = few[(few >= 0) & (few < len(midpoints))]
+    with np.errstate(over="ignore"):
+        points = np.concatenate([values[few], midpoints[few], values[-2:] * 1.5]).astype(numpy_dtype)
+    points = np.concatenate([points, np.nextafter(points, numpy_dtype(0)), np.nextafter(points, numpy_dtype(np.inf))])
+    limits = np.finfo(numpy_dtype)
+    edges = np.array([0, np.inf, np.nan, limits.max, limits.tiny, limits.smallest_subnormal], numpy_dtype)
+    points = np.concatenate([points, edges])
+    return torch.from_numpy(np.concatenate([points, -points]))
+
+
 def random_bit_patterns(n, seed=0):
     """float32 numbers of every exponent, NaN and infinities among them."""
     integers = np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32)
@@ -119,3 +143,8 @@ def reference_encode(f, x, scale, *args, **kwargs):
     return torch.from_numpy(
         reference.encode(f, x.cpu().to(compute).numpy(), scale.cpu().to(compute).numpy(), *args, **kwargs)
     )
+
+
+def reference_decode(f, codes, scale, dtype=torch.float32):
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.from_numpy(np.asarray(reference.decode(f, codes.numpy(), scale.to(compute).numpy()))).to(dtype)

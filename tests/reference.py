@@ -1,6 +1,6 @@
 """The definition, for tests: list every value of a format in exact arithmetic and search in the list.
 
-It reads the seven fields of a format and nothing else of the package, and shares no trick with any kernel. A rounded
+It reads the eight fields of a format and nothing else of the package, and shares no trick with any kernel. A rounded
 quotient is compared in float64, where every value, every midpoint and every float32 quotient is exact.
 """
 
@@ -15,12 +15,18 @@ def code_value(f, code):
     """Value of a code without sign by section 1 of the contract, the specials not yet considered."""
     exponent, mantissa = code >> f.mantissa_bits, code & ((1 << f.mantissa_bits) - 1)
     fraction = Fraction(mantissa, 1 << f.mantissa_bits)
-    if exponent > 0:
+    if exponent > 0 or not has_zero(f):
         return Fraction(2) ** (exponent - f.bias) * (1 + fraction)
     return Fraction(2) ** (1 - f.bias) * fraction
 
 
+def has_zero(f):
+    """OCP's E8M0 has none: an unsigned format without mantissa is powers of two from the code 0 on."""
+    return f.is_signed or f.mantissa_bits > 0
+
+
 def sign_bit(f):
+    """The first number that is no code without sign."""
     return 1 << (f.exponent_bits + f.mantissa_bits)
 
 
@@ -45,12 +51,22 @@ def finite_values(f):
 
 
 def decode_one(f, code):
-    magnitude, negative = code & (sign_bit(f) - 1), bool(code & sign_bit(f))
+    magnitude, negative = code & (sign_bit(f) - 1), f.is_signed and bool(code & sign_bit(f))
     if not f.has_negative_zero and negative and magnitude == 0:
         return float("nan")
     value = {"nan": float("nan"), "inf": float("inf"), None: None}[special(f, magnitude)]
     value = float(code_value(f, magnitude)) if value is None else value
     return -value if negative else value
+
+
+@cache
+def decoded(f):
+    """The values of all codes."""
+    return np.array([decode_one(f, code) for code in range(1 << width(f))])
+
+
+def width(f):
+    return f.is_signed + f.exponent_bits + f.mantissa_bits
 
 
 def nan_code(f):
@@ -79,6 +95,7 @@ def grid(f):
 def round_magnitude(f, a, negative, rounding, random=None, n=None):
     """Codes (indices into grid) of finite magnitudes a <= the last value of the grid, by P3109 4.7.4."""
     values, midpoints = grid(f)
+    a = np.maximum(a, values[0])
     below = np.searchsorted(values, a, side="right") - 1
     last = below == len(values) - 1
     upper = np.minimum(below + 1, len(values) - 1)
@@ -124,6 +141,10 @@ def project(f, q, saturation="propagate", rounding="nearest_ties_to_even", rando
         magnitude = np.where(over | infinite, np.where(keeps, np.inf, values[last - 1]), magnitude)
     magnitude = np.where(np.isnan(q), np.nan, magnitude)
     code = np.where(over, last - 1, code)
+    if not f.is_signed:  # saturates at the smallest value as at the largest
+        below = (negative & (magnitude != 0) if has_zero(f) else negative | (q == 0)) & ~np.isnan(q)
+        magnitude = np.where(below, np.nan if saturation == "none" and f.has_nan else values[0], magnitude)
+        code = np.where(below, 0, code)
     if f.has_inf:
         code = np.where(np.isinf(magnitude), last, code)
     return magnitude, np.where(np.isnan(magnitude), -1, code)
@@ -138,7 +159,7 @@ def quantize(f, x, scale, saturation="propagate", rounding="nearest_ties_to_even
     """x and scale float32 or float64 arrays of one dtype; the result has that dtype."""
     q = _divide(x, scale)
     magnitude, _ = project(f, q, saturation, rounding, random, n)
-    negative = np.signbit(q) & (f.has_negative_zero | (magnitude != 0))
+    negative = np.signbit(q) & f.is_signed & (f.has_negative_zero | (magnitude != 0))
     with np.errstate(all="ignore"):
         return np.where(negative, -magnitude, magnitude).astype(x.dtype) * scale
 
@@ -147,16 +168,14 @@ def encode(f, x, scale, saturation="propagate", rounding="nearest_ties_to_even",
     q = _divide(x, scale)
     _, code = project(f, q, saturation, rounding, random, n)
     nan = nan_code(f)
-    signed = np.signbit(q) & (f.has_negative_zero | (code != 0))
-    return np.where(code < 0, len(finite_values(f)) - 1 if nan is None else nan, code + signed * sign_bit(f)).astype(
-        np.uint8
-    )
+    signed = np.signbit(q) & f.is_signed & (f.has_negative_zero | (code != 0))
+    code = np.where(code < 0, len(finite_values(f)) - 1 if nan is None else nan, code + signed * sign_bit(f))
+    return code.astype(np.uint8 if width(f) <= 8 else np.uint16)
 
 
 def decode(f, codes, scale):
-    table = np.array([decode_one(f, code % (2 * sign_bit(f))) for code in range(256)])
     with np.errstate(all="ignore"):
-        return table[codes].astype(scale.dtype) * scale
+        return decoded(f)[codes.astype(np.int64) % (1 << width(f))].astype(scale.dtype) * scale
 
 
 def random_words(seed, size):

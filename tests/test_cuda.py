@@ -13,10 +13,13 @@ import torch
 from conftest import (
     DTYPES,
     FORMATS,
+    WIDE,
     all_inputs,
     assert_same_bits,
     near_ties,
+    points_of,
     random_bit_patterns,
+    reference_decode,
     reference_encode,
     reference_quantize,
 )
@@ -24,6 +27,7 @@ from samples import SAMPLES
 
 from altgrad.quantization import E4M3, E5M2, E7M0, resolve
 from ops_registry import aten, cuda
+from ops_registry.arithmetic import code_dtype
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 from ops_registry.operators import OPERATORS
 
@@ -100,6 +104,41 @@ def test_interpreted_rounding(f):
     assert_same_bits(cuda.decode(codes, scale, f.name), aten.decode(codes, scale, f.name))
 
 
+def check_wide_format(f, rounding, device):
+    """Formats that are computed in float64, or whose codes are of two bytes or have no sign."""
+    x, scale = torch.cat([points_of(f), random_bit_patterns(2000)]), torch.tensor(0.37)
+    inputs = (x, torch.tensor(1.0)), (x * scale, scale), (points_of(f, torch.float64), scale.double())
+    for (x, s), saturation in (
+        itertools.product(inputs, SATURATIONS)
+        if device == "cuda" and rounding == "nearest_ties_to_even"
+        else zip(inputs, SATURATIONS)
+    ):
+        on_device, modes = (x.to(device), s.to(device), f.name), (saturation, rounding)
+        assert_same_bits(cuda.quantize(*on_device, *modes), reference_quantize(f, x, s, *modes), x)
+        if f.code_bytes:
+            assert_same_bits(cuda.encode(*on_device, *modes), reference_encode(f, x, s, *modes), x)
+    if f.code_bytes:
+        codes = torch.arange(256**f.code_bytes).to(code_dtype(f))
+        for dtype in (torch.float32, torch.float64):
+            got = cuda.decode(codes.to(device), scale.to(device), f.name, dtype)
+            assert_same_bits(got, reference_decode(f, codes, scale, dtype), codes.int())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
+def test_interpreted_wide_formats(f):
+    for rounding in ("nearest_ties_to_even", DETERMINISTIC_ROUNDINGS[1 + WIDE.index(f) % 5]):
+        check_wide_format(f, rounding, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
+def test_wide_formats(f):
+    for rounding in DETERMINISTIC_ROUNDINGS:
+        check_wide_format(f, rounding, "cuda")
+
+
 def check_special_scales(f, device):
     """Scales that split into power and significand in a way of their own, at inputs whose quotients are near ties."""
     for value in SPECIAL_SCALES:
@@ -132,7 +171,7 @@ if triton is not None:
     def quotient_kernel(x_ptr, scale_ptr, out_ptr, n, block: tl.constexpr):
         i = tl.program_id(0) * block + tl.arange(0, block)
         x, scale = tl.load(x_ptr + i, i < n), tl.load(scale_ptr + i, i < n, 1.0)
-        q, _, _ = cuda_kernels.quotient(x, scale, 2.0**100, True)
+        q, _, _ = cuda_kernels.quotient(x, scale, 2.0**100, True, False)
         tl.store(out_ptr + i, q, i < n)
 
 

@@ -37,7 +37,15 @@ OPERATOR_ERRORS = {
         r"unknown format 'E9M9': .*E5M2.*e<exp",
     ),
     "malformed": (lambda x, s: ag.encode(x, s, "e4m3b"), (X, ONE), ValueError, r"unknown format 'e4m3b'"),
-    "9 bits": (lambda x, s: ag.quantize(x, s, "e5m3b15"), (X, ONE), ValueError, r"1 \+ E \+ M <= 8"),
+    "21 bits": (lambda x, s: ag.quantize(x, s, "e5m15b15"), (X, ONE), ValueError, "at most 19 bits together"),
+    "no codes": (lambda x, s: ag.encode(x, s, "TF32"), (X, ONE), ValueError, "at most 16 bits, and TF32 has 19"),
+    "no codes to decode": (lambda c, s: ag.decode(c, s, "TF32"), (CODES, ONE), ValueError, "at most 16 bits, and TF32"),
+    "codes of one byte": (
+        lambda c, s: ag.decode(c, s, "BF16"),
+        (CODES, ONE),
+        TypeError,
+        r"codes must have dtype torch\.uint16, got torch\.uint8",
+    ),
     "specials": (lambda x, s: ag.quantize(x, s, "e5m0b15"), (X, ONE), ValueError, "IEEE specials need"),
     "saturation": (
         lambda x, s: ag.quantize(x, s, "E5M2", "sat"),

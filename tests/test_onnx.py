@@ -8,7 +8,7 @@ import torch
 from conftest import FORMATS, NAMED, assert_same_bits, near_ties
 from torch import nn
 
-from altgrad.quantization import decode, dequantize, encode, quantize
+from altgrad.quantization import E2M1, E3M4, E5M2, decode, dequantize, encode, quantize
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
 ort = pytest.importorskip("onnxruntime")
@@ -98,7 +98,7 @@ def test_eager_bits(f, pairs):
 
 @pytest.mark.parametrize(
     ("f", "saturations"),
-    [(NAMED[5], ["none"])] + [pytest.param(f, SATURATIONS, marks=pytest.mark.slow) for f in NAMED],
+    [(E5M2, ["none"])] + [pytest.param(f, SATURATIONS, marks=pytest.mark.slow) for f in NAMED],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_other_roundings_and_saturations(f, saturations):
@@ -133,13 +133,13 @@ def test_spelled_out_formats(spelling):
 @pytest.mark.parametrize("value", [1 - 2**-24, 1.000003, 1e-9])
 def test_constant_scales_next_to_zero_and_one(value):
     """onnxscript's optimizer takes 0-d constants near 0 and 1 for 0 and 1."""
-    x, _ = breaking_inputs(FORMATS[0], torch.float32)
+    x, _ = breaking_inputs(E3M4, torch.float32)
     buffer = torch.tensor(value)
     assert_exports(lambda x: [quantize(x, "E3M4", value), dequantize(x, value), quantize(x, "E3M4", buffer)], (x,))
 
 
 def test_dynamic_batch():
-    x, codes = breaking_inputs(FORMATS[5], torch.float32)
+    x, codes = breaking_inputs(E5M2, torch.float32)
     function = all_operators("E5M2", torch.float32)
     scale = torch.linspace(0.1, 3.0, x.shape[1])
     batch = torch.export.Dim.DYNAMIC
@@ -191,7 +191,7 @@ class TestTranslationTable:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
-        x, _ = breaking_inputs(NAMED[10], torch.float32)
+        x, _ = breaking_inputs(E2M1, torch.float32)
         x = x.nan_to_num(posinf=1e30, neginf=-1e30) + (0.0 if kind == "scalar" else 0)
         scale = scale_of(kind, x)
         program = export(lambda x, s: quantize(x, "E2M1", s), (x, scale), opset_version=23, **WITH_TABLE)

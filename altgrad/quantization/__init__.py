@@ -2,6 +2,7 @@
 
 from .block_formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, NVFP4, BlockFormat
 from .formats import (
+    BF16,
     E0M7,
     E1M6,
     E2M1,
@@ -15,7 +16,12 @@ from .formats import (
     E5M2FNUZ,
     E6M1,
     E7M0,
+    E8M0,
     FORMAT_REGISTRY,
+    FP16,
+    TF32,
+    UE4M3,
+    UE5M3,
     FP8Format,
     resolve,
 )
@@ -26,6 +32,7 @@ from .scaling import compute_scale, quantize_blocks
 from .stats import QuantizationStats, bit_stall, quantization_stats, sqnr
 
 __all__ = [
+    "BF16",
     "E0M7",
     "E1M6",
     "E2M1",
@@ -39,13 +46,18 @@ __all__ = [
     "E5M2FNUZ",
     "E6M1",
     "E7M0",
+    "E8M0",
     "FORMAT_REGISTRY",
+    "FP16",
     "MXFP4",
     "MXFP6_E2M3",
     "MXFP6_E3M2",
     "MXFP8_E4M3",
     "MXFP8_E5M2",
     "NVFP4",
+    "TF32",
+    "UE4M3",
+    "UE5M3",
     "AmaxHistory",
     "BlockFormat",
     "DequantizeFunc",

@@ -129,13 +129,13 @@ def encode(
     random_bits: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The codes of ``project(x / scale)``, one a byte, in the low bits.
+    """The codes of ``project(x / scale)``, in the low bits of a byte, or of two where a format has more than 8 bits.
 
     NaN goes to the format's NaN; where it has none, to the code of the largest value, as in the saturating conversions
     of hardware to FP4 and FP6. Codes carry no gradient. Arguments and errors are those of :func:`quantize`.
 
     Returns:
-        A uint8 tensor of x's shape, laid out as ``torch.empty_like(x)``.
+        A uint8 tensor (uint16 for formats of 9 to 16 bits) of x's shape, laid out as ``torch.empty_like(x)``.
 
     Example:
         >>> import torch
@@ -161,7 +161,7 @@ def decode(
     Bits above the format's width are ignored.
 
     Args:
-        codes: uint8, any shape and strides.
+        codes: uint8, or uint16 for formats of 9 to 16 bits; any shape and strides.
         format: as in :func:`quantize`.
         scale, granularity: as in :func:`quantize`, for codes.
         dtype: float16, bfloat16, float32 (None) or float64.
@@ -170,7 +170,7 @@ def decode(
         A tensor of the shape of codes, laid out as ``torch.empty_like(codes)``.
 
     Raises:
-        TypeError: codes that are not uint8, scale, dtype or format of a wrong type or dtype.
+        TypeError: codes of another dtype than the format's, scale, dtype or format of a wrong type or dtype.
         ValueError, RuntimeError: as in :func:`quantize`.
 
     Example:

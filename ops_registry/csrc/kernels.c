@@ -37,6 +37,11 @@ enum {
 
 #include "philox.h"
 #include "operands.h"
+/* In wide.h: numbers to values of the format in place, values to codes, codes to values. */
+static void wide_project(const struct plan *p, double *numbers, const uint32_t *random, int64_t n);
+static void wide_encode(const struct plan *p, const double *values, void *codes, int64_t n);
+static void wide_decode(const struct plan *p, const void *codes, double *values, int64_t n);
+
 #include "loops.h"
 #undef FLOAT
 #undef INT
@@ -60,6 +65,7 @@ enum {
 #include "round.h"
 #include "nearest.h"
 #include "loops.h"
+#include "wide.h"
 
 #define JOIN(a, b) a##b
 #define FOR_TARGET(name, target) JOIN(name, target)

@@ -175,6 +175,29 @@ static void NAME(dequantize)(const FLOAT *restrict x, const FLOAT *restrict scal
     }
 }
 
+/* A chunk of a format that wide.h projects: quotients and products in FLOAT, what is in between in float64. */
+static void NAME(wide)(const struct plan *p, const void *codes, const FLOAT *restrict x, const FLOAT *restrict scale,
+                       int varies, const uint32_t *random, FLOAT *restrict out, void *to, int64_t n) {
+    double values[CHUNK];
+    if (p->operation == DECODE) {
+        wide_decode(p, codes, values, n);
+    } else {
+        for (int64_t i = 0; i < n; i++) {
+            const FLOAT q = x[i] / scale[varies ? i : 0];
+            values[i] = q;
+        }
+        wide_project(p, values, random, n);
+    }
+    if (p->operation == ENCODE) {
+        wide_encode(p, values, to, n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const FLOAT r = (FLOAT)values[i]; /* exact */
+        out[i] = p->operation == PROJECT ? r : r * scale[varies ? i : 0];
+    }
+}
+
 /* Elements begin to end of a call, chunk by chunk. */
 static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const struct plan *p = c->plan;
@@ -215,13 +238,13 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
             random = read_random(&streams[RANDOM], p, begin, n, random_buffer);
         }
         char *to = c->out + begin * size_of(p->out_dtype);
-        if (p->operation == ENCODE) {
-            NAME(encode)(x, scale, varies, random, (uint8_t *)to, n, variant, p->rounding, &f);
-            continue;
-        }
         const int is_narrow = p->out_dtype == FLOAT16 || p->out_dtype == BFLOAT16;
         FLOAT *out = is_narrow ? out_buffer : (FLOAT *)to;
-        if (p->operation == PROJECT) {
+        if (p->is_wide) {
+            NAME(wide)(p, raw, x, scale, varies, random, out, to, n);
+        } else if (p->operation == ENCODE) {
+            NAME(encode)(x, scale, varies, random, (uint8_t *)to, n, variant, p->rounding, &f);
+        } else if (p->operation == PROJECT) {
             const FLOAT *quotients = NAME(divide)(x, scale, varies, quotient_buffer, n);
             NAME(quantize)(quotients, ones, varies, random, out, n, variant, p->rounding, p->overflows, &f);
         } else if (p->operation == QUANTIZE) {

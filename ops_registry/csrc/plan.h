@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum operation { QUANTIZE, ENCODE, DECODE, DEQUANTIZE, PROJECT };
-enum dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, UINT8, INT32, INT64 };
+enum dtype { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, UINT8, INT32, INT64, UINT16 };
 enum rounding {
     NEAREST_TIES_TO_EVEN,
     NEAREST_TIES_TO_AWAY,
@@ -30,6 +30,8 @@ struct plan {
     int32_t overflows;      /* what is beyond max becomes what follows it in the order of codes: infinity or NaN */
     int32_t limit_codes[2]; /* magnitudes are cut to it before rounding, by the sign: max, or one more to overflow */
     int32_t infinite_code;  /* what infinity becomes: max, or what follows */
+    int32_t is_wide;        /* by wide.h: range or codes beyond the loops of float32 and bytes, or no sign, and then: */
+    int32_t is_signed, has_zero, code_bits; /* without zero, all codes in this plan but nan_code are one too large */
 };
 
 /* The tensors of a call: out has n elements. */

@@ -170,6 +170,8 @@ static struct NAME(format) NAME(prepare)(const struct plan *p) {
         .random_quantum = 1 / (FLOAT)((int64_t)1 << (p->mantissa_bits + p->random_bits)),
     };
     f.power_quanta = NAME(bits)(f.quanta) - (min_power >> FRACTION_BITS);
+    f.magic_offset += !p->has_zero; /* codes are one lower there, and so is their parity */
+    f.power_quanta += !p->has_zero;
     f.max_value = NAME(value)(p->max_code, &f);
     f.limits[0] = NAME(value)(p->limit_codes[0], &f);
     f.limits[1] = NAME(value)(p->limit_codes[1], &f);

@@ -1,0 +1,163 @@
+"""Formats beyond one signed byte: up to 16 bits with codes, up to 19 without, ranges up to float32's own, no sign."""
+
+import gfloat
+import gfloat.formats
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    WIDE,
+    WIDE_NAMED,
+    all_inputs,
+    assert_same_bits,
+    points_of,
+    random_bit_patterns,
+    reference_decode,
+    reference_encode,
+    reference_quantize,
+)
+
+from altgrad.quantization import decode, encode, quantize, resolve
+from ops_registry import aten
+from ops_registry.arithmetic import code_dtype
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, RANDOM_BITS, SATURATIONS
+
+ag = torch.ops.altgrad
+formats = pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
+
+
+def check(f, x, scale, saturation, rounding):
+    want = reference_quantize(f, x, scale, saturation, rounding)
+    for ops in (ag, aten):
+        assert_same_bits(ops.quantize(x, scale, f.name, saturation, rounding), want, x)
+    if f.code_bytes:
+        want = reference_encode(f, x, scale, saturation, rounding)
+        for ops in (ag, aten):
+            assert_same_bits(ops.encode(x, scale, f.name, saturation, rounding), want, x)
+
+
+@formats
+@pytest.mark.parametrize("rounding", DETERMINISTIC_ROUNDINGS)
+def test_near_ties(f, rounding):
+    x = torch.cat([points_of(f), random_bit_patterns(2000)])
+    for i, saturation in enumerate(SATURATIONS):
+        scale = torch.tensor((1.0, 0.37, 2.0**-9)[i])
+        check(f, x, torch.tensor(1.0), saturation, rounding)
+        check(f, x * scale, scale, saturation, rounding)
+    check(f, points_of(f, torch.float64), torch.tensor(1.0), "propagate", rounding)
+
+
+@formats
+@pytest.mark.parametrize("bits_dtype", RANDOM_BITS, ids=str)
+def test_stochastic_with_given_bits(f, bits_dtype):
+    n = RANDOM_BITS[bits_dtype]
+    x, scale = points_of(f) * 0.37, torch.tensor(0.37)
+    random = torch.randint(0, 1 << n, x.shape, generator=torch.Generator().manual_seed(0)).to(bits_dtype)
+    for saturation in SATURATIONS:
+        modes = saturation, "stochastic", random.numpy().astype(np.int64), n
+        want = reference_quantize(f, x, scale, *modes)
+        assert_same_bits(ag.quantize_stochastic(x, scale, random, f.name, saturation), want, x)
+        assert_same_bits(aten.FORMULAS["quantize_stochastic"](x, scale, random, f.name, saturation), want, x)
+
+
+@formats
+def test_decode_every_code(f):
+    if f.code_bytes is None:
+        with pytest.raises(ValueError, match="codes have at most 16 bits"):
+            decode(torch.zeros(1, dtype=torch.uint8), f)
+        return
+    codes = torch.arange(256**f.code_bytes).to(code_dtype(f))  # bits above the width are ignored
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for scale in map(torch.tensor, (1.0, 0.37)):
+            want = reference_decode(f, codes, scale, dtype)
+            for ops in (ag, aten):
+                assert_same_bits(ops.decode(codes, scale, f.name, dtype), want, codes.int())
+
+
+@formats
+def test_identities(f):
+    x = torch.cat([points_of(f), random_bit_patterns(5000)])
+    x = x if f.has_nan else x[~x.isnan()]
+    y = quantize(x, f)
+    assert_same_bits(quantize(y, f), y, x)
+    if f.code_bytes:
+        codes = encode(x, f, 0.37)
+        assert codes.dtype == code_dtype(f)
+        assert_same_bits(decode(codes, f, 0.37), quantize(x, f, 0.37), x)
+        every = torch.arange(1 << f.bits).to(code_dtype(f))
+        values = decode(every, f)
+        numbers = ~values.isnan()
+        assert_same_bits(encode(values, f)[numbers], every[numbers])
+
+
+@formats
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_input(f, dtype):
+    check(f, all_inputs(dtype), torch.tensor(0.37), "none", "nearest_ties_to_even")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("FP16", torch.float16), ("BF16", torch.bfloat16)])
+def test_torch_casts_agree(name, dtype):
+    f = resolve(dtype)
+    assert f == resolve(name)
+    x = torch.cat([points_of(f), random_bit_patterns(1 << 20)])
+    assert_same_bits(quantize(x, f, saturation="none"), x.to(dtype).float(), x)
+    codes = encode(x, f, saturation="none")
+    numbers = ~x.isnan()
+    assert_same_bits(codes.view(torch.int16)[numbers], x.to(dtype).view(torch.int16)[numbers], x[numbers])
+    assert_same_bits(decode(all_inputs(dtype).view(torch.uint16), f, dtype=dtype), all_inputs(dtype))
+
+
+def test_tf32_drops_13_bits():
+    x = torch.cat([points_of(resolve("TF32")), random_bit_patterns(1 << 18)])
+    bits = x.view(torch.int32)
+    want = ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+    assert_same_bits(quantize(x, "TF32", saturation="none"), torch.where(x.isnan(), x, want), x)
+
+
+def test_e8m0_and_ml_dtypes():
+    """ml_dtypes rounds up every tie, and all between 2^-127 and 2^-126; all else is ours with saturation none."""
+    f = resolve(torch.float8_e8m0fnu)
+    x = torch.cat([points_of(f), random_bit_patterns(1 << 18)])
+    is_tie = x.view(torch.int32) & 0x7FFFFF == 0x400000
+    is_tie |= (x > 2.0**-127) & (x < 2.0**-126)
+    x = x[~is_tie]
+    with np.errstate(all="ignore"):
+        theirs = x.numpy().astype(ml_dtypes.float8_e8m0fnu)
+    assert_same_bits(encode(x, f, saturation="none"), torch.from_numpy(theirs.view(np.uint8)), x)
+    codes = torch.arange(256, dtype=torch.uint8)
+    assert_same_bits(decode(codes, f), torch.from_numpy(codes.numpy().view(theirs.dtype).astype(np.float32)))
+
+
+@pytest.mark.parametrize("precision", range(2, 8))
+def test_codes_of_p3109_unsigned(precision):
+    """P3109's unsigned finite formats of 8 bits, as gfloat has them."""
+    f = resolve(f"e{9 - precision}m{precision - 1}b{1 << (8 - precision)}fnu")
+    theirs = gfloat.formats.format_info_p3109(8, precision, gfloat.Signedness.Unsigned, gfloat.Domain.Finite)
+    assert [str(gfloat.decode_float(theirs, c).fval) for c in range(256)] == [str(f.to_real(c)) for c in range(256)]
+
+
+@pytest.mark.parametrize("name", ["FP16", "BF16", "TF32", "E8M0", "UE4M3", "e5m6b15"])
+def test_compiled(name):
+    torch._dynamo.reset()
+    f, scale = resolve(name), torch.tensor(0.37)
+    x = torch.cat([points_of(f), random_bit_patterns(5000)])
+
+    def function(x, scale):
+        results = [quantize(x, f, scale), quantize(x, f, scale, saturation="none", rounding="toward_positive")]
+        if f.code_bytes:
+            codes = encode(x, f, scale)
+            results += [codes, decode(codes, f, scale)]
+        return results
+
+    for got, want in zip(torch.compile(function, fullgraph=True)(x, scale), function(x, scale)):
+        assert_same_bits(got, want, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", WIDE_NAMED, ids=lambda f: f.name)
+def test_all_float32_inputs(f):
+    for start in range(-(1 << 31), 1 << 31, 1 << 24):
+        x = torch.arange(start, start + (1 << 24), dtype=torch.int64).to(torch.int32).view(torch.float32)
+        check(f, x, torch.tensor(1.0), "none", "nearest_ties_to_even")
