@@ -3,6 +3,8 @@
 Run ``python docs/generate.py`` after a change of a format or an operator; a test fails while a page is not current.
 """
 
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from fractions import Fraction
@@ -266,7 +268,39 @@ def recipes() -> str:
     return table("recipe | `forward`: x; w | `grad_input`: dy; w | `grad_weight`: dy; x | source", rows)
 
 
-SECTIONS = {f.__name__: f for f in (formats, format_fields, differences, p3109, schemas, dispatch, recipes)}
+def described(docstring: str) -> str:
+    """A docstring as Markdown: its sections as bold words, arguments as items, the example as a block."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", inspect.cleandoc(docstring)).replace("``", "`")
+    text, _, example = text.partition("\nExample:\n")
+    lines = []
+    for line in text.split("\n"):
+        if re.fullmatch(r"(Args|Returns|Raises|Yields):", line):
+            lines.append(f"**{line[:-1]}**\n")
+        elif item := re.match(r"    ([\w*, ]+): (.*)", line):
+            lines.append(f"- `{item[1]}`: {item[2]}")
+        else:
+            lines.append(re.sub(r"^    ", "  " if lines and lines[-1].startswith(("-", "  ")) else "", line))
+    block = f"\n```pycon\n{inspect.cleandoc(example)}\n```" if example else ""
+    return "\n".join(lines) + "\n" + block
+
+
+def api() -> str:
+    """The public functions and classes, from their docstrings."""
+    parts = []
+    for name in ("altgrad.quantization", "altgrad.simulation", "altgrad.report"):
+        module = importlib.import_module(name)
+        parts.append(f"## {name}\n\n{described(module.__doc__ or '')}")
+        for member in module.__all__:
+            value = getattr(module, member)
+            if callable(value) and value.__doc__:
+                signature = (
+                    "" if inspect.isclass(value) else re.sub(r"\b(\w+\.)+(?=[A-Z])", "", str(inspect.signature(value)))
+                )
+                parts.append(f"### {member}\n\n`{member}{signature}`\n\n{described(value.__doc__)}")
+    return re.sub(r"\n{3,}", "\n\n", "\n" + "\n\n".join(parts))
+
+
+SECTIONS = {f.__name__: f for f in (formats, format_fields, differences, p3109, schemas, dispatch, recipes, api)}
 
 
 def render(text: str) -> str:

@@ -19,7 +19,19 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from altgrad.quantization import E0M7, E1M6, E3M4, E4M3, E5M2, E7M0, FP8Format, quantize
+from altgrad.quantization import (
+    E0M7,
+    E1M6,
+    E3M4,
+    E4M3,
+    E5M2,
+    E7M0,
+    FP8Format,
+    compute_scale,
+    quantization_stats,
+    quantize,
+    sqnr,
+)
 
 FORMATS = [None, E0M7, E1M6, E3M4, E4M3, E5M2, E7M0]  # None is float32
 EPOCHS, BATCH, LEARNING_RATE = 30, 128, 0.01
@@ -32,12 +44,6 @@ torch.save(torch.export.load(program).module()(torch.load(x)), y)
 """
 
 
-def amax_scale(x: Tensor, format: FP8Format) -> Tensor:
-    """The scale that puts the largest magnitude of x on the largest value of the format: nothing clips."""
-    amax = x.detach().abs().amax()
-    return amax.clamp(min=1e-12) / format.max_representable_value  # positive, even if all of x is zero
-
-
 class Network(nn.Module):
     """64 pixels, two hidden layers, 10 classes; every weight and every layer's input is quantized."""
 
@@ -47,7 +53,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 10)])
 
     def quantize(self, x: Tensor) -> Tensor:
-        return x if self.format is None else quantize(x, self.format, amax_scale(x, self.format))
+        return x if self.format is None else quantize(x, self.format, compute_scale(x, self.format))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
@@ -90,17 +96,15 @@ def measure(model: Network, x: Tensor, y: Tensor) -> tuple[float, ...]:
     accuracy = (model(x).argmax(1) == y).float().mean().item()
     if model.format is None:
         return accuracy, 0.0, 0.0, float("inf")
-    clipped, flushed, weights, quantized = 0, 0, [], []
-    for layer in model.layers:
-        w = layer.weight
-        wq = model.quantize(w)
-        clipped += ((w / amax_scale(w, model.format)).abs() > model.format.max_representable_value).sum().item()
-        flushed += ((wq == 0) & (w != 0)).sum().item()
-        weights.append(w.flatten())
-        quantized.append(wq.flatten())
-    signal, noisy = torch.cat(weights), torch.cat(quantized)
-    sqnr = 10 * torch.log10(signal.square().sum() / (signal - noisy).square().sum()).item()
-    return accuracy, clipped / len(signal), flushed / len(signal), sqnr
+    weights = [layer.weight for layer in model.layers]
+    stats = [quantization_stats(w, model.format, compute_scale(w, model.format)) for w in weights]
+    size = sum(w.numel() for w in weights)
+    clipped, flushed = (
+        sum(share.item() * w.numel() for share, w in zip(shares, weights, strict=True)) / size
+        for shares in ([s.clipped for s in stats], [s.flushed for s in stats])
+    )
+    signal, noisy = (torch.cat([w.flatten() for w in ws]) for ws in (weights, map(model.quantize, weights)))
+    return accuracy, clipped, flushed, sqnr(signal, noisy).item()
 
 
 def check_export(model: Network, x: Tensor) -> None:
@@ -134,8 +138,8 @@ def main() -> None:
         results[name] = (model, measure(model, test_x, test_y))
 
     print("\nformat    accuracy   clipped   flushed to zero   SQNR of weights")
-    for name, (_, (accuracy, clipped, flushed, sqnr)) in results.items():
-        print(f"{name:<8} {accuracy:9.2%} {clipped:9.2%} {flushed:17.2%} {sqnr:14.1f} dB")
+    for name, (_, (accuracy, clipped, flushed, ratio)) in results.items():
+        print(f"{name:<8} {accuracy:9.2%} {clipped:9.2%} {flushed:17.2%} {ratio:14.1f} dB")
 
     quantized = [result for name, result in results.items() if name != "float32"]
     best, _ = max(quantized, key=lambda result: (result[1][0], result[1][3]))
