@@ -544,3 +544,17 @@ def test_blocks_in_every_mode(recipe):
     assert_same_bits(got, quantize(x, recipe["format"], scale, rounding="stochastic", generator=draws[1]), x)
     with pytest.raises(ValueError, match="need rounding='stochastic'"):
         quantize_blocks(x, **recipe, random_bits=bits)
+
+
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerAxis(0), PerBlock(16), PerBlock(48), PerBlock((4, 32)), PerBlock({0: 4})], ids=str
+)
+@pytest.mark.parametrize("options", [{"power_of_two": "rceil"}, {"scale_format": "E4M3"}], ids=str)
+def test_blocks_from_a_seed_have_the_bits_of_elements(granularity, options):
+    x, seed = samples(8, 96), torch.tensor(2026)
+    scale = compute_scale(x, E2M1, granularity=granularity, **options)
+    for seeded in ({"random_bits": seed}, {"generator": torch.Generator().manual_seed(0)}):
+        got = quantize_blocks(x, E2M1, granularity=granularity, rounding="stochastic", **seeded, **options)
+        if "generator" in seeded:
+            seeded["generator"].manual_seed(0)
+        assert_same_bits(got, quantize(x, E2M1, scale, rounding="stochastic", **seeded), x)

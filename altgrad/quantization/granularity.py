@@ -116,6 +116,13 @@ class PerBlock:
         return tuple(-(-n // sizes.get(dim, 1)) for dim, n in enumerate(shape))
 
 
+def has_whole_blocks(granularity: PerTensor | PerAxis | PerBlock, x: Tensor) -> bool:
+    """Whether apply sees x at once, as a view in which its elements have the same row-major order."""
+    return not isinstance(granularity, PerBlock) or all(
+        x.shape[dim] % size in (0, x.shape[dim]) for dim, size in granularity.by_dim(x.ndim)
+    )
+
+
 def _apply(f: GroupFunction, x: Tensor, others: tuple[Tensor, ...], dims: tuple[int, ...]) -> Tensor:
     if not dims:  # to torch's reductions no dimensions mean all
         return f(x.unsqueeze(-1), (x.ndim,), *[t.unsqueeze(-1) for t in others]).squeeze(-1)

@@ -112,7 +112,7 @@ def quantize_gradient(
         >>> y.backward(torch.tensor([1e-30]))  # at scale 1 it would be zero
     """
     if callable(scale) and not isinstance(scale, Tensor):
-        bits = _random_bits(x, rounding, random_bits, generator)
+        bits = drawn_bits(x, rounding, random_bits, generator)
         name = format_name(format)
         return _QuantizeGradient.apply(x, bits, scale, name, saturation, rounding)  # type: ignore[no-untyped-call]
     return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
@@ -325,7 +325,7 @@ def _project(
     """Calls an operator that projects x, or its stochastic twin."""
     check_tensor("x", x)
     scale = _as_tensor(scale, x.dtype, x.device)
-    random_bits = _random_bits(x, rounding, random_bits, generator)
+    random_bits = drawn_bits(x, rounding, random_bits, generator)
     if random_bits is None:
         return _OPERATORS[name](x, scale, format_name(format), saturation, rounding)
     return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, format_name(format), saturation)
@@ -361,7 +361,7 @@ def _compact(name: str, x: Tensor, scale: Tensor | float, granularity: PerBlock)
     return scale
 
 
-def _random_bits(
+def drawn_bits(
     x: Tensor, rounding: str, random_bits: Tensor | None, generator: torch.Generator | None
 ) -> Tensor | None:
     """The random operand of stochastic rounding, drawn where it is not given; None for the other roundings."""
@@ -374,6 +374,7 @@ def _random_bits(
             random_bits = torch.randint(_SEEDS, (), dtype=SEED, device=x.device)
         else:
             random_bits = torch.randint(_SEEDS, (), dtype=SEED, device=x.device, generator=generator)
+    check_tensor("random_bits", random_bits)
     if random_bits.dtype == SEED and random_bits.ndim == 0 and hasattr(x, "placements"):
         return random_bits_like(x, random_bits)
     return random_bits

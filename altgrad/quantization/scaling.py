@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ops_registry.arithmetic import divide
 from ops_registry.checks import FLOAT_DTYPES, check_tensor
+from ops_registry.modes import SEED
 
 from .formats import FP8Format, resolve
-from .granularity import PerAxis, PerBlock, PerTensor
+from .granularity import PerAxis, PerBlock, PerTensor, has_whole_blocks
 from .magnitudes import amax, percentile
-from .ops import quantize
+from .ops import drawn_bits, quantize
 
 METHODS = ("amax", "percentile", "mse")
 POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
@@ -129,14 +130,14 @@ def quantize_blocks(
         tensor([[  0.,   0.,   8., -96.]])
     """
     scale_of = scaler(x, format, **options)
-    if rounding == "stochastic" or random_bits is not None or generator is not None:  # bits are those of x's elements
+    bits = drawn_bits(x, rounding, random_bits, generator)
+    if bits is not None and not (bits.dtype == SEED and has_whole_blocks(granularity, x)):  # bits are of x's elements
         scale = granularity.apply(scale_of, x.detach())
-        return quantize(
-            x, format, scale, saturation=saturation, rounding=rounding, random_bits=random_bits, generator=generator
-        )
+        return quantize(x, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
 
     def quantized(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return quantize(blocks, format, scale_of(blocks.detach(), dims), saturation=saturation, rounding=rounding)
+        scale = scale_of(blocks.detach(), dims)
+        return quantize(blocks, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
 
     return granularity.apply(quantized, x)
 
