@@ -3,11 +3,13 @@
 import itertools
 import json
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from altgrad.report import Layer, Report, Score, assign, report_weights
+from altgrad.report import Layer, Report, Score, assign, candidate, measure, report_weights
 from altgrad.report.assign import cost
 from altgrad.simulation import restore, simulate
 
@@ -98,3 +100,33 @@ def test_layers_with_nan_are_left_out(tmp_path):
     choice = assign(report_weights(tmp_path / "a.pt", ["E4M3"]), 100)
     assert list(choice.choices) == ["b"]
     assert choice.left_out == [("a", "1 NaN and 0 infinities in it")]
+
+
+def test_a_trained_network_is_closer_to_itself_than_with_one_format(monkeypatch):
+    """Digits at five bits a weight: the outputs on test data diverge least with what is assigned."""
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "docs" / "examples")])
+    import choose_formats
+    import train_digits
+
+    train_x, test_x, train_y, test_y = train_digits.digits()
+    generator = torch.Generator().manual_seed(0)
+
+    def batch():
+        index = torch.randint(len(train_x), (128,), generator=generator)
+        return train_x[index], train_y[index]
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 10))
+    choose_formats.fit(model, batch, 300, 3e-3)
+    batches = [batch() for _ in range(4)]
+    report = measure(model, batches, choose_formats.loss, choose_formats.CANDIDATES)
+    weights = [layer for layer in report.layers if layer.operand == "forward.w"]
+    bits = [layer.count * layer.scores["e2m2b1f"].bits for layer in weights]
+    choice = assign(report, sum(bits) / sum(layer.count for layer in weights), model=model)
+    test = [(test_x, test_y)]
+    assigned = choose_formats.divergence(model, choice.recipes, test)
+    for name in choose_formats.FIVE_BITS:
+        uniform = {layer.name: candidate(name).recipe() for layer in weights}
+        assert assigned < choose_formats.divergence(model, uniform, test), name
