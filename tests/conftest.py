@@ -11,6 +11,7 @@ import reference
 import torch
 
 from altgrad.quantization import FORMAT_REGISTRY, resolve
+from ops_registry.modes import RANDOM_BITS, SEED
 
 # A run must never pass on code that an earlier state of the package compiled.
 _inductor_cache = tempfile.TemporaryDirectory(prefix="altgrad-inductor-")
@@ -32,6 +33,8 @@ e5m6b15 e6m9b31 e4m9b7fn e7m8b64fnuz e0m15b1f e1m14b20f e5m13b15
 e4m3b16fnu e5m3b16u e2m1b1fu e0m8b1fu e0m4b1fnu e7m0b63fnu e6m0b140fu e8m1b127u e5m10b130fnu e8m7b128fnuz e2m2b145f
 """
 WIDE = WIDE_NAMED + [resolve(spelling) for spelling in _WIDE_SPELLINGS.split()]
+# Random bits given for each element, and not the seed that they follow from.
+GIVEN_BITS = {dtype: n for dtype, n in RANDOM_BITS.items() if dtype != SEED}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

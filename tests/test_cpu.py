@@ -19,6 +19,7 @@ import torch
 from conftest import (
     DTYPES,
     FORMATS,
+    GIVEN_BITS,
     NAMED,
     all_inputs,
     assert_same_bits,
@@ -31,7 +32,7 @@ from samples import POINTWISE, SAMPLES
 
 from altgrad.quantization import E0M7, resolve
 from ops_registry import aten, cpu
-from ops_registry.modes import DETERMINISTIC_ROUNDINGS, RANDOM_BITS, SATURATIONS
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 from ops_registry.operators import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def test_roundings(kernels, f):
                 assert_same_bits(kernels.quantize(x, s, f.name, saturation, rounding), want, x)
                 want = reference_encode(f, x, s, saturation, rounding)
                 assert_same_bits(kernels.encode(x, s, f.name, saturation, rounding), want, x)
-            for j, (bits_dtype, n) in enumerate(RANDOM_BITS.items()):
+            for j, (bits_dtype, n) in enumerate(GIVEN_BITS.items()):
                 s = scales[(i + j + f.max_code) % 3]
                 bits = random_bits_like(x, bits_dtype, generator)
                 given = saturation, "stochastic", (bits & ((1 << n) - 1)).numpy(), n

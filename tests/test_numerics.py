@@ -9,6 +9,7 @@ import torch
 from conftest import (
     DTYPES,
     FORMATS,
+    GIVEN_BITS,
     NAMED,
     all_inputs,
     assert_same_bits,
@@ -21,7 +22,7 @@ from test_formats import ML_DTYPES
 
 from ops_registry import aten
 from ops_registry.formats import resolve
-from ops_registry.modes import DETERMINISTIC_ROUNDINGS, RANDOM_BITS, SATURATIONS
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
 ag = torch.ops.altgrad
 formats = pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
@@ -68,9 +69,9 @@ def test_near_ties_in_float64(f, rounding, device):
 
 @formats
 @saturations
-@pytest.mark.parametrize("bits_dtype", RANDOM_BITS, ids=str)
+@pytest.mark.parametrize("bits_dtype", GIVEN_BITS, ids=str)
 def test_stochastic_with_given_bits(f, saturation, bits_dtype, device):
-    n = RANDOM_BITS[bits_dtype]
+    n = GIVEN_BITS[bits_dtype]
     x, scale = near_ties(f) * 0.37, torch.tensor(0.37)
     low, high = (-(1 << 31), 1 << 31) if bits_dtype == torch.int32 else (0, 256)  # bits above the N lowest are ignored
     random = torch.randint(low, high, x.shape, generator=torch.Generator().manual_seed(0)).to(bits_dtype)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    GIVEN_BITS,
     WIDE,
     WIDE_NAMED,
     all_inputs,
@@ -21,7 +22,7 @@ from conftest import (
 from altgrad.quantization import decode, encode, quantize, resolve
 from ops_registry import aten
 from ops_registry.arithmetic import code_dtype
-from ops_registry.modes import DETERMINISTIC_ROUNDINGS, RANDOM_BITS, SATURATIONS
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
 ag = torch.ops.altgrad
 formats = pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
@@ -49,9 +50,9 @@ def test_near_ties(f, rounding):
 
 
 @formats
-@pytest.mark.parametrize("bits_dtype", RANDOM_BITS, ids=str)
+@pytest.mark.parametrize("bits_dtype", GIVEN_BITS, ids=str)
 def test_stochastic_with_given_bits(f, bits_dtype):
-    n = RANDOM_BITS[bits_dtype]
+    n = GIVEN_BITS[bits_dtype]
     x, scale = points_of(f) * 0.37, torch.tensor(0.37)
     random = torch.randint(0, 1 << n, x.shape, generator=torch.Generator().manual_seed(0)).to(bits_dtype)
     for saturation in SATURATIONS:
@@ -138,6 +139,7 @@ def test_codes_of_p3109_unsigned(precision):
     assert [str(gfloat.decode_float(theirs, c).fval) for c in range(256)] == [str(f.to_real(c)) for c in range(256)]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["FP16", "BF16", "TF32", "E8M0", "UE4M3", "e5m6b15"])
 def test_compiled(name):
     torch._dynamo.reset()
