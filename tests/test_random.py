@@ -134,6 +134,21 @@ def test_export_keeps_the_seed_as_an_operand(x):
     assert_same_bits(program.module()(x, other), quantize(x, E4M3, **STOCHASTIC, random_bits=other), x)
 
 
+@pytest.mark.compiles
+def test_onnx_draws_the_same(x, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Module(torch.nn.Module):
+        def forward(self, x, seed):
+            return quantize(x, E4M3, rounding="stochastic", random_bits=seed)
+
+    torch.onnx.export(Module(), (x, SEED), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    (got,) = session.run(None, dict(zip(names, [x.numpy(), SEED.numpy()], strict=True)))
+    assert_same_bits(torch.from_numpy(got), quantize(x, E4M3, **STOCHASTIC, random_bits=SEED), x)
+
+
 def test_vmap_counts_within_an_example(x):
     f = lambda x, seed: quantize(x, E4M3, rounding="stochastic", random_bits=seed)  # noqa: E731
     seeds = torch.arange(7)
