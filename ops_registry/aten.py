@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import packing
 from .arithmetic import code_dtype, compute_dtype, divide
 from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
 from .formats import FP8Format
@@ -301,6 +302,8 @@ FORMULAS = with_twins(
         "decode": decode,
         "dequantize": dequantize,
         "amax": amax,
+        "pack": packing.pack,
+        "unpack": packing.unpack,
     }
 )
 

@@ -83,6 +83,8 @@ RULES = {
     "encode_stochastic": Rule(_none, _none),
     "decode": Rule(_none, _none),
     "amax": Rule(_none, _none),
+    "pack": Rule(_none, _none),
+    "unpack": Rule(_none, _none),
 }
 _NO_GRADIENTS = (None,) * 6  # for the arguments behind the first; autograd ignores the ones too many
 

@@ -112,6 +112,33 @@ def check_amax(x: Tensor, dims: list[int]) -> None:
         raise ValueError(f"dims must be different dimensions of x, from 0 to {x.ndim - 1}, got {list(dims)}")
 
 
+def check_pack(codes: Tensor, bits: int) -> None:
+    """Checks the arguments of pack."""
+    _check_bytes("codes", codes)
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+
+
+def check_unpack(packed: Tensor, bits: int, n: int) -> None:
+    """Checks the arguments of unpack."""
+    _check_bytes("packed", packed)
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    if n < 0 or packed.shape[-1] != (n * bits + 7) // 8:
+        raise ValueError(
+            f"packed must have {(n * bits + 7) // 8} bytes in its last dimension for n = {n} codes of {bits} bits, "
+            f"got {packed.shape[-1]}"
+        )
+
+
+def _check_bytes(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.uint8:
+        raise TypeError(f"{name} must have dtype torch.uint8, got {tensor.dtype}")
+    _check_strided(name, tensor)
+    if tensor.ndim == 0:
+        raise ValueError(f"{name} must have a dimension, along which codes are packed, got a 0-d tensor")
+
+
 def _check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must have a dtype of {_names(FLOAT_DTYPES)}, got {x.dtype}")

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from .arithmetic import code_dtype, compute_dtype
-from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
+from .checks import (
+    check_amax,
+    check_decode,
+    check_dequantize,
+    check_encode,
+    check_pack,
+    check_project,
+    check_quantize,
+    check_unpack,
+)
 from .formats import resolve
 from .modes import ROUNDINGS, SATURATIONS
 
@@ -86,6 +95,14 @@ def _reduced(x: Tensor, dims: list[int]) -> Tensor:
     return x.new_empty(sizes, dtype=compute_dtype(x.dtype))
 
 
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty([*codes.shape[:-1], (codes.shape[-1] * bits + 7) // 8])
+
+
+def _unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
+    return packed.new_empty([*packed.shape[:-1], n])
+
+
 OPERATORS = {
     "quantize": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
@@ -102,6 +119,8 @@ OPERATORS = {
     ),
     "dequantize": Operator("(Tensor x, Tensor scale) -> Tensor", check_dequantize, _like_x),
     "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, is_pointwise=False),
+    "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, is_pointwise=False),
+    "unpack": Operator("(Tensor packed, int bits, SymInt n) -> Tensor", check_unpack, _unpacked, is_pointwise=False),
 }
 
 # The registrations live as long as this object.

@@ -26,6 +26,8 @@ def register() -> None:
         if operator.is_pointwise:
             register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(operator.tensors))
     register_sharding(torch.ops.altgrad.amax.default)(_placements_of_amax)
+    register_sharding(torch.ops.altgrad.pack.default)(_placements_of_rows)
+    register_sharding(torch.ops.altgrad.unpack.default)(_placements_of_rows)
 
 
 def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:
@@ -34,6 +36,14 @@ def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[A
 
     splits = {p: Partial("max") if p.dim in dims else p for p in x.placements if hasattr(p, "dim")}
     return [([Replicate()], [Replicate(), None]), *(([result], [p, None]) for p, result in splits.items())]
+
+
+def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Replicated, or split as x is, but not along the last dimension, where codes share bytes."""
+    from torch.distributed.tensor import Replicate
+
+    splits = [p for p in x.placements if p.is_shard() and p.dim != x.ndim - 1]
+    return [([p], [p, *[None] * len(others)]) for p in (Replicate(), *splits)]
 
 
 def _rule(tensors: int) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_pack, check_unpack
 from .modes import SEED
 from .operators import OPERATORS, library
 from .philox import random_bits as bits_of
@@ -38,6 +39,18 @@ def _amax(info: Any, in_dims: tuple[int, None], x: Tensor, dims: list[int]) -> t
     return torch.ops.altgrad.amax(x.movedim(in_dims[0], 0), [dim + 1 for dim in dims]), 0
 
 
+def _pack(info: Any, in_dims: tuple[int, None], codes: Tensor, bits: int) -> tuple[Tensor, int]:
+    check_pack(codes.select(in_dims[0], 0), bits)
+    return torch.ops.altgrad.pack(codes.movedim(in_dims[0], 0), bits), 0
+
+
+def _unpack(info: Any, in_dims: tuple[int, None, None], packed: Tensor, bits: int, n: int) -> tuple[Tensor, int]:
+    check_unpack(packed.select(in_dims[0], 0), bits, n)
+    return torch.ops.altgrad.unpack(packed.movedim(in_dims[0], 0), bits, n), 0
+
+
+torch.library.register_vmap("altgrad::pack", _pack, lib=library)
+torch.library.register_vmap("altgrad::unpack", _unpack, lib=library)
 torch.library.register_vmap("altgrad::amax", _amax, lib=library)
 for _name, _operator in OPERATORS.items():
     if _operator.is_pointwise:

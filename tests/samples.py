@@ -36,6 +36,8 @@ SAMPLES = {
     "project_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
     "decode": lambda x, scale: (codes(x), scale, "E3M4", x.dtype),  # no NaN: opcheck takes it for a difference
     "dequantize": lambda x, scale: (x, scale),
+    "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
+    "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),
     "amax": lambda x, scale: (x.unsqueeze(0), sorted({0, x.ndim})),
 }
 POINTWISE = [name for name, operator in OPERATORS.items() if operator.is_pointwise]

@@ -1,6 +1,7 @@
 """Quantization to small formats: the operators as functions, and the formats."""
 
 from .block_formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, NVFP4, BlockFormat
+from .blocks import Blocks, decode_blocks, encode_blocks
 from .formats import (
     BF16,
     E0M7,
@@ -27,7 +28,7 @@ from .formats import (
 )
 from .granularity import PerAxis, PerBlock, PerTensor
 from .history import AmaxHistory
-from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, quantize, quantize_gradient
+from .ops import DequantizeFunc, QuantizeFunc, decode, dequantize, encode, pack, quantize, quantize_gradient, unpack
 from .scaling import compute_scale, quantize_blocks
 from .stats import QuantizationStats, bit_stall, quantization_stats, sqnr
 
@@ -60,6 +61,7 @@ __all__ = [
     "UE5M3",
     "AmaxHistory",
     "BlockFormat",
+    "Blocks",
     "DequantizeFunc",
     "FP8Format",
     "PerAxis",
@@ -70,12 +72,16 @@ __all__ = [
     "bit_stall",
     "compute_scale",
     "decode",
+    "decode_blocks",
     "dequantize",
     "encode",
+    "encode_blocks",
+    "pack",
     "quantization_stats",
     "quantize",
     "quantize_blocks",
     "quantize_gradient",
     "resolve",
     "sqnr",
+    "unpack",
 ]

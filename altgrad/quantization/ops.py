@@ -215,6 +215,51 @@ def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
     return _OPERATORS["dequantize"](x, _as_tensor(scale, x.dtype, x.device))
 
 
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes packed to their width along the last dimension: one stream of bits, the lowest first.
+
+    Two 4-bit codes share a byte, the first in its low half, as in ``torch.float4_e2m1fn_x2``, torchao and
+    compressed-tensors; four 6-bit codes share three bytes. Where codes do not fill the last byte, zeros do.
+
+    Args:
+        codes: uint8 of shape [..., n], with a code in the low bits of each; the bits above are ignored.
+        bits: the width of a code, 1 to 8: a format's ``bits``.
+
+    Returns:
+        uint8, [..., ceil(n * bits / 8)].
+
+    Raises:
+        TypeError: codes that are not uint8.
+        ValueError: bits out of range, or codes without a dimension.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import pack, unpack
+        >>> packed = pack(torch.tensor([1, 2, 15], dtype=torch.uint8), 4)
+        >>> packed, unpack(packed, 4, 3)
+        (tensor([33, 15], dtype=torch.uint8), tensor([ 1,  2, 15], dtype=torch.uint8))
+    """
+    check_tensor("codes", codes)
+    return _OPERATORS["pack"](codes, bits)
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The codes that :func:`pack` packed: n of bits each along the last dimension.
+
+    Raises:
+        TypeError: packed that is not uint8.
+        ValueError: bits out of range, or another number of bytes than n codes take.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import unpack
+        >>> unpack(torch.tensor([33, 15], dtype=torch.uint8), 4, 3)
+        tensor([ 1,  2, 15], dtype=torch.uint8)
+    """
+    check_tensor("packed", packed)
+    return _OPERATORS["unpack"](packed, bits, n)
+
+
 class QuantizeFunc(torch.autograd.Function):
     """:func:`quantize` as a Function: ``QuantizeFunc.apply(x, format, scale)``.
 

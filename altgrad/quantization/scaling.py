@@ -214,7 +214,7 @@ def _rounded_scale(
     if scale_format is None:
         return lambda amax: as_scale(amax, max_value)
     f = resolve(scale_format)
-    tensor_scale = as_scale(PerTensor().apply(amax, x.detach()), max_value * f.max_representable_value).reshape(())
+    tensor_scale = scale_above(x, format, f)
     smallest = f.smallest_normal or f.smallest_subnormal  # below it the rounding would clip
 
     def to_scale(amax: Tensor) -> Tensor:
@@ -222,6 +222,12 @@ def _rounded_scale(
         return scale.clamp(min=smallest * tensor_scale)
 
     return to_scale
+
+
+def scale_above(x: Tensor, format: FP8Format, scale_format: FP8Format) -> Tensor:
+    """The scale of the whole tensor, under which the largest scale of a group is the largest value of scale_format."""
+    largest = PerTensor().apply(amax, x.detach())
+    return as_scale(largest, format.max_representable_value * scale_format.max_representable_value).reshape(())
 
 
 def _least_error(

@@ -1,0 +1,131 @@
+"""Tensors that are stored in a block format: codes packed to their width, and a scale for each group of them."""
+
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from ops_registry.arithmetic import compute_dtype
+
+from .formats import E8M0, FP8Format, resolve
+from .granularity import PerAxis, PerBlock, PerTensor
+from .ops import decode, encode, pack, unpack
+from .scaling import ScaleOptions, compute_scale, scale_above
+
+
+class Blocks(NamedTuple):
+    """A tensor in a block format, as :func:`encode_blocks` makes it and :func:`decode_blocks` takes it.
+
+    A pytree, picklable, and moved by :meth:`to`. Where the bytes are those of a dtype of torch, a view is one:
+    ``codes.view(torch.float8_e4m3fn)``, ``codes.view(torch.float4_e2m1fn_x2)``, ``scales.view(torch.float8_e8m0fnu)``.
+
+    Args:
+        codes: uint8, [..., ceil(n * bits / 8)], packed as :func:`pack` does.
+        scales: one element a group: bytes of the scale format, or float32 (float64 of float64 x) without one.
+        tensor_scale: 0-d, what all scales are multiplied by; None without a scale format, and for powers of two.
+        format: the name of the elements' format.
+        scale_format: that of the scales, ``"E8M0"`` for powers of two, or None.
+        granularity: who shares a scale.
+        n: the size of the last dimension.
+        dtype: of the tensor that was encoded.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    format: str
+    scale_format: str | None
+    granularity: PerTensor | PerAxis | PerBlock
+    n: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that was encoded."""
+        return (*self.codes.shape[:-1], self.n)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(field.nbytes for field in self if isinstance(field, Tensor))
+
+    def to(self, device: torch.device | str) -> "Blocks":
+        """The same on another device."""
+        return Blocks(*(field.to(device) if isinstance(field, Tensor) else field for field in self))  # type: ignore[arg-type]
+
+    def float_scales(self) -> Tensor:
+        """What codes are multiplied by, one element a group, in the dtype of the arithmetic."""
+        compute = compute_dtype(self.dtype)
+        if self.scale_format is None:
+            return self.scales
+        tensor_scale = 1.0 if self.tensor_scale is None else self.tensor_scale
+        return decode(self.scales, self.scale_format, tensor_scale, dtype=compute)
+
+
+def encode_blocks(
+    x: Tensor,
+    format: FP8Format | str,
+    *,
+    granularity: PerTensor | PerAxis | PerBlock,
+    saturation: str = "propagate",
+    rounding: str = "nearest_ties_to_even",
+    random_bits: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **options: Unpack[ScaleOptions],
+) -> Blocks:
+    """x in a block format, with nothing stored but packed codes and a scale a block: ``encode_blocks(x, **MXFP4)``.
+
+    MXFP4 takes 4.25 bits an element, NVFP4 4.5 and one float32 for the tensor.
+
+    Args:
+        x: at least one dimension; codes are packed along the last.
+        others: as in :func:`altgrad.quantization.quantize_blocks`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`altgrad.quantization.quantize_blocks`; x without a dimension.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import MXFP4, decode_blocks, encode_blocks
+        >>> blocks = encode_blocks(torch.tensor([[0.1, 0.25, 6.0, -100.0]]), **MXFP4)
+        >>> blocks.codes.tolist(), blocks.scales.tolist(), decode_blocks(blocks)
+        ([[0, 225]], [[131]], tensor([[  0.,   0.,   8., -96.]]))
+    """
+    f = resolve(format)
+    if f.bits > 8:
+        raise ValueError(f"format must have codes of at most 8 bits to be packed, got {f.name} of {f.bits}")
+    scale = compute_scale(x, f, granularity=granularity, compact=True, **options)
+    codes = encode(
+        x, f, scale, granularity=granularity, saturation=saturation, rounding=rounding,
+        random_bits=random_bits, generator=generator,
+    )  # fmt: skip
+    tensor_scale, scale_format = None, None
+    if options.get("power_of_two") is not None:
+        scale, scale_format = encode(scale, E8M0), E8M0.name
+    elif (wanted := options.get("scale_format")) is not None:
+        g = resolve(wanted)
+        tensor_scale, scale_format = scale_above(x, f, g), g.name
+        scale = encode(scale, g, tensor_scale)  # scale is a value times tensor_scale, rounded: nearest to that value
+    return Blocks(pack(codes, f.bits), scale, tensor_scale, f.name, scale_format, granularity, x.shape[-1], x.dtype)
+
+
+def decode_blocks(blocks: Blocks, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor of :func:`encode_blocks`: bit for bit that of :func:`altgrad.quantization.quantize_blocks`.
+
+    Args:
+        blocks: what :func:`encode_blocks` gave.
+        dtype: of the result; None: that of the tensor that was encoded.
+
+    Raises:
+        TypeError, ValueError: fields that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from altgrad.quantization import NVFP4, decode_blocks, encode_blocks, quantize_blocks
+        >>> x = torch.randn(4, 40)
+        >>> decode_blocks(encode_blocks(x, **NVFP4)).equal(quantize_blocks(x, **NVFP4))
+        True
+    """
+    codes = unpack(blocks.codes, resolve(blocks.format).bits, blocks.n)
+    scale, dtype = blocks.float_scales(), dtype or blocks.dtype
+    return decode(codes, blocks.format, scale, granularity=blocks.granularity, dtype=dtype)
