@@ -89,7 +89,7 @@ def encode_blocks(
         >>> from altgrad.quantization import MXFP4, decode_blocks, encode_blocks
         >>> blocks = encode_blocks(torch.tensor([[0.1, 0.25, 6.0, -100.0]]), **MXFP4)
         >>> blocks.codes.tolist(), blocks.scales.tolist(), decode_blocks(blocks)
-        ([[0, 225]], [[131]], tensor([[  0.,   0.,   8., -96.]]))
+        ([[0, 241]], [[131]], tensor([[  0.,   0.,   8., -96.]]))
     """
     f = resolve(format)
     if f.bits > 8:
