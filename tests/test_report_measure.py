@@ -184,3 +184,13 @@ def test_verified(net, batches):
         sides = {"forward.x", "forward.w"} if activations else {"forward.w"}
         assert all(set(operands) == sides for operands in choice.choices.values())
         assert type(net.first) is nn.Linear
+
+
+def test_sensitivities_are_the_mean_over_batches(net, batches):
+    net.eval()
+    both, first, second = (measure(net, data, loss, ["E2M1", "MXFP4"]) for data in (batches, batches[:1], batches[1:]))
+    for layers in zip(both.layers, first.layers, second.layers):
+        for name in both.candidates:
+            got, *parts = (layer.scores[name].sensitivity for layer in layers)
+            if layers[0].operand.startswith("forward."):
+                assert got == pytest.approx(sum(parts) / 2, rel=1e-5), (layers[0].name, layers[0].operand)
