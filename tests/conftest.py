@@ -49,8 +49,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _compiles_only_where_marked(request, monkeypatch):
-    """Holds the marker ``compiles`` to its word: no other test starts Inductor or a process."""
-    if request.node.get_closest_marker("compiles"):
+    """Holds the marker ``compiles`` to its word: no other test starts Inductor or a process.
+
+    Those of a GPU may, since Triton compiles.
+    """
+    if request.node.get_closest_marker("compiles") or request.node.get_closest_marker("gpu"):
         return
 
     def refuse(*args, **kwargs):

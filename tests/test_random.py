@@ -142,7 +142,7 @@ def test_onnx_draws_the_same(x, tmp_path):
         def forward(self, x, seed):
             return quantize(x, E4M3, rounding="stochastic", random_bits=seed)
 
-    torch.onnx.export(Module(), (x, SEED), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    torch.onnx.export(Module().eval(), (x, SEED), tmp_path / "model.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     (got,) = session.run(None, dict(zip(names, [x.numpy(), SEED.numpy()], strict=True)))

@@ -51,7 +51,7 @@ class Candidate:
         """Who shares a scale in a matrix [rows, contraction]."""
         if self.rule.per == "tensor":
             return PerTensor()
-        return PerAxis(0) if self.rule.per == "row" else PerBlock(self.rule.per)  # type: ignore[arg-type]
+        return PerAxis(0) if self.rule.per == "row" else PerBlock(self.rule.per)
 
     @property
     def keywords(self) -> dict[str, Any]:
