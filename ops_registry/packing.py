@@ -1,7 +1,7 @@
 """Codes packed to their width, as one stream of bits along the last dimension, the lowest bits first.
 
 Code i has the bits from i * bits on; bit b is bit b % 8 of byte b // 8. So two 4-bit codes share a byte, the first in
-its low half, as ``torch.float4_e2m1fn_x2``, torchao and compressed-tensors have it, and four 6-bit codes three bytes.
+its low half, as ``torch.float4_e2m1fn_x2`` and torchao have it, and four 6-bit codes three bytes.
 """
 
 import math

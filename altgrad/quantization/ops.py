@@ -218,8 +218,8 @@ def dequantize(x: Tensor, scale: Tensor | float) -> Tensor:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes packed to their width along the last dimension: one stream of bits, the lowest first.
 
-    Two 4-bit codes share a byte, the first in its low half, as in ``torch.float4_e2m1fn_x2``, torchao and
-    compressed-tensors; four 6-bit codes share three bytes. Where codes do not fill the last byte, zeros do.
+    Two 4-bit codes share a byte, the first in its low half, as in ``torch.float4_e2m1fn_x2`` and torchao;
+    four 6-bit codes share three bytes. Where codes do not fill the last byte, zeros do.
 
     Args:
         codes: uint8 of shape [..., n], with a code in the low bits of each; the bits above are ignored.
