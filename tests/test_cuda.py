@@ -245,6 +245,7 @@ def test_interpreted_dtypes_and_random_bits(f):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_interpreted_seeds():
     seed = torch.tensor(-0x123456789ABCDEF)
     for shape in ((7, 339), (3, 4096), (17, 1536), (5, 12, 6), (1,), ()):

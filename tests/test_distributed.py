@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,19 +26,20 @@ def run_workers(size, device, results):
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     env |= {"RESULTS": str(results / "results"), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(results / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(size), device],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=(results / f"stderr.{rank}").open("w"),
-        )
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.wait(timeout=600)
-    logs = "\n".join((results / f"stderr.{rank}").read_text()[-2000:] for rank in range(size))
-    assert not any(process.returncode for process in processes), logs
+    with ExitStack() as logs:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, WORKER, str(size), device],
+                env=env | {"RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=logs.enter_context((results / f"stderr.{rank}").open("w")),
+            )
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.wait(timeout=600)
+    errors = "\n".join((results / f"stderr.{rank}").read_text()[-2000:] for rank in range(size))
+    assert not any(process.returncode for process in processes), errors
     outcomes = [json.loads((results / f"results.{rank}").read_text()) for rank in range(size)]
     return {name: {rank: o[name] for rank, o in enumerate(outcomes) if o[name]} for name in outcomes[0]}
 
