@@ -22,26 +22,27 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     rows = x.permute(*kept, *dims).flatten(len(kept))
     if _is_static(rows.shape[-1]) and rows.shape[-1] == 0:
         return amax(x, dims)
-    lower, upper, weight = order_statistics(rows, fraction)
+    lower, upper, weight, most = order_statistics(rows, fraction)
     result = torch.where(weight < 0.5, lower + (upper - lower) * weight, upper - (upper - lower) * (1 - weight))
     result = torch.where(weight == 0, lower, result)  # also where the difference is infinite
-    result = result.masked_fill(amax(rows, (rows.ndim - 1,)).squeeze(-1).isnan(), math.nan)
+    result = result.masked_fill(most.isnan(), math.nan)
     return result.to(compute_dtype(x.dtype)).reshape([1 if d in dims else s for d, s in enumerate(x.shape)])
 
 
-def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The |x| of the last dimension around fraction of their order, and the weight of the upper one, in float64."""
+def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The |x| of the last dimension around fraction of their order, the upper one's weight, and the largest."""
     n = rows.shape[-1]
     if not _is_static(n):  # then all of the arithmetic is on tensors
         places = (torch.full((), n, dtype=torch.float64, device=rows.device) - 1) * fraction
         below = places.long()
         ordered = rows.abs().sort(-1).values.double()
         around = ordered.index_select(-1, torch.stack([below, torch.clamp(below + 1, max=n - 1)]))
-        return around[..., 0], around[..., 1], places - below
+        return around[..., 0], around[..., 1], places - below, ordered[..., -1]
     position = (n - 1) * fraction
     count = n - math.floor(position)
-    low = largest(rows, count).topk(min(2, count), largest=False).values.double()
-    return low[..., 0], low[..., -1], low.new_full((), position - math.floor(position))
+    top = largest(rows, count)
+    low = top.topk(min(2, count), largest=False).values.double()
+    return low[..., 0], low[..., -1], low.new_full((), position - math.floor(position)), top.amax(-1)
 
 
 def _is_static(size: int) -> bool:
