@@ -73,7 +73,7 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 /* Rows begin to end of a struct rows. Magnitudes are ordered as their bits are, NaN behind infinity. */
 #define LARGEST(TYPE)                                                                                                  \
     for (int64_t row = begin; row < end; row++) {                                                                      \
-        const TYPE *x = (const TYPE *)rows->x + row * rows->size, magnitude = (TYPE)-1 >> 1;                           \
+        const TYPE *x = (const TYPE *)rows->x + row * rows->size, magnitude = (TYPE)(-1) >> 1;                         \
         TYPE most = 0;                                                                                                 \
         for (int64_t i = 0; i < rows->size; i++) {                                                                     \
             const TYPE a = x[i] & magnitude;                                                                           \

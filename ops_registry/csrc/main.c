@@ -38,7 +38,8 @@ static parallel_function parallel;
  * of the set, NULL where the one asked for is not in this library or not in this machine. */
 EXPORT const char *altgrad_select(const char *target, parallel_function parallel_for) {
 #ifdef ALTGRAD_X86
-    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const int has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
     const struct {
         const char *name;

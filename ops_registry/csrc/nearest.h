@@ -1,5 +1,6 @@
-/* Rounding to nearest, ties to even, in fewer instructions than round.h takes. Without this file every result is the same:
- * GENERAL serves every format and mode, as it does those that the variants here leave out. Included behind round.h.
+/* Rounding to nearest, ties to even, in fewer instructions than round.h takes. Without this file every result is the
+ * same: GENERAL serves every format and mode, as it does those that the variants here leave out. Included behind
+ * round.h.
  */
 
 #ifndef ALTGRAD_NEAREST_H

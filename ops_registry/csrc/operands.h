@@ -3,7 +3,7 @@
 /* float16 is one more format: 10 mantissa bits, exponents from -14. Its infinity has the code that follows its max. */
 #define FLOAT16_FORMAT                                                                                                 \
     {.mantissa_bits = 10,                                                                                              \
-     .min_power = (127 - 14) << 23,                                                                                     \
+     .min_power = (127 - 14) << 23,                                                                                    \
      .magic_offset = (13u << 23) - ((uint32_t)(127 - 14) << 10),                                                       \
      .limits = {(127 + 16) << 23}}
 #define FLOAT16_INFINITY 0x7c00u
@@ -20,7 +20,8 @@ INLINE float from_float16(uint16_t code) {
 INLINE uint16_t to_float16(float number) {
     const struct format32 f = FLOAT16_FORMAT;
     uint32_t bits = bits32(number), a = bits & 0x7fffffffu, magic;
-    uint32_t code = round32(limit32(bits, NEAREST_TIES_TO_EVEN, &f), 0, 0, NEAREST_TIES_TO_EVEN, &f, &magic) & 0x7fffffu;
+    uint32_t code =
+        round32(limit32(bits, NEAREST_TIES_TO_EVEN, &f), 0, 0, NEAREST_TIES_TO_EVEN, &f, &magic) & 0x7fffffu;
     return (uint16_t)((a > FLOAT32_INFINITY ? FLOAT16_INFINITY | 1 : code) | (bits >> 16 & 0x8000u));
 }
 
@@ -80,20 +81,26 @@ INLINE int64_t size_of(enum dtype dtype) {
 /* An operand as a sequence in the memory order of the output, and a place in it. */
 struct stream {
     const char *data;
-    int64_t size;     /* of an element, in bytes */
-    int64_t period;   /* the sequence repeats after as many elements: 1 for a scalar */
-    int64_t run;      /* as many elements, from the first on, are one and the same: all for a scalar */
+    int64_t size;   /* of an element, in bytes */
+    int64_t period; /* the sequence repeats after as many elements: 1 for a scalar */
+    int64_t run;    /* as many elements, from the first on, are one and the same: all for a scalar */
     int is_contiguous;
     const struct call *call;
     int operand;
-    void *buffer; /* for CHUNK elements */
+    void *buffer;                                  /* for CHUNK elements */
     int64_t inner, inner_stride, rows, row_stride; /* the last two dimensions; one without end where contiguous */
     int64_t position, row, rest;                   /* the place is (rest * rows + row) * inner + position */
 };
 
 static struct stream open_stream(const struct call *c, int operand, int64_t place, void *buffer) {
-    struct stream s = {.data = c->data[operand], .size = size_of(c->plan->dtypes[operand]), .period = 1,
-                       .run = INT64_MAX, .is_contiguous = 1, .call = c, .operand = operand, .buffer = buffer};
+    struct stream s = {.data = c->data[operand],
+                       .size = size_of(c->plan->dtypes[operand]),
+                       .period = 1,
+                       .run = INT64_MAX,
+                       .is_contiguous = 1,
+                       .call = c,
+                       .operand = operand,
+                       .buffer = buffer};
     int64_t inner = 1;
     for (int64_t d = c->ndim - 1; d >= 0; d--) {
         const int64_t *dim = c->dims + d * (1 + OPERANDS), stride = dim[1 + operand];
@@ -172,7 +179,8 @@ static const void *read_stream(struct stream *s, int64_t n) {
         return s->data + (s->position - n) * s->size;
     }
     const int64_t *dims = s->call->dims, width = 1 + OPERANDS;
-    const int64_t inner = s->inner, stride = s->inner_stride, rows = s->rows, row_stride = s->row_stride, size = s->size;
+    const int64_t inner = s->inner, stride = s->inner_stride, rows = s->rows, row_stride = s->row_stride,
+                  size = s->size;
     int64_t position = s->position, row = s->row, rest = s->rest;
     const char *in_place = NULL;
     for (int64_t done = 0, stop = 0; done < n;) {

@@ -19,14 +19,14 @@
 /* A plan in the compute type; limits and values are bits of magnitudes. */
 struct NAME(format) {
     UINT mantissa_bits, min_power, magic_offset;
-    UINT limits[2], max_value, over_value;               /* limits: by the sign */
+    UINT limits[2], max_value, over_value; /* limits: by the sign */
     FLOAT quanta, code_quanta; /* what a power is multiplied by for the magic of nearest.h, to project and to pack */
     UINT power_quanta;         /* bits of the quanta for M = 0 at min_power, less its exponent */
-    UINT special_from, special_or, minus_zero;           /* magnitudes from special_from on become special_or | they */
-    UINT nan_first, nan_count, nan_mask, nan_value;      /* the codes that are no number, and the value of the first */
+    UINT special_from, special_or, minus_zero;      /* magnitudes from special_from on become special_or | they */
+    UINT nan_first, nan_count, nan_mask, nan_value; /* the codes that are no number, and the value of the first */
     UINT infinite_code, nan_code, sign_code, sign_shift, first_signed, signed_codes;
     uint32_t random_mask;
-    FLOAT half_quantum, random_range, random_quantum;    /* quanta for a power of 1 */
+    FLOAT half_quantum, random_range, random_quantum; /* quanta for a power of 1 */
 };
 
 INLINE FLOAT NAME(number)(UINT bits) {
@@ -45,15 +45,15 @@ INLINE UINT NAME(bits)(FLOAT number) {
 INLINE UINT NAME(max)(UINT a, UINT b) { return (INT)a > (INT)b ? a : b; }
 INLINE UINT NAME(min)(UINT a, UINT b) { return (INT)a < (INT)b ? a : b; }
 
-/* a where condition (0 or 1) is true, else b. What `?:` selects, compilers may compute behind a branch, load included. */
+/* a where condition (0 or 1) is true, else b. What `?:` selects may be computed behind a branch, load included. */
 INLINE UINT NAME(select)(UINT condition, UINT a, UINT b) { return b ^ ((a ^ b) & (0 - condition)); }
 
 /* The number that rounds by being added.
  *
  * magic is 2^FRACTION_BITS quanta of power, hence adding a to it rounds a to whole quanta. Its fraction starts at
  * (e - min_exponent) * 2^M instead of 0, and so the sum's fraction is the code: n quanta at e have the code
- * n + (e - min_exponent) * 2^M, also where n carries into the next exponent. IEEE's tie to the even fraction thus is the
- * tie to the even code, for subnormals and for M = 0 too.
+ * n + (e - min_exponent) * 2^M, also where n carries into the next exponent. IEEE's tie to the even fraction thus is
+ * the tie to the even code, for subnormals and for M = 0 too.
  */
 INLINE UINT NAME(magic)(UINT power, const struct NAME(format) * f) {
     return power + (power >> (FRACTION_BITS - f->mantissa_bits)) + f->magic_offset;

@@ -1,5 +1,5 @@
-/* Formats whose range leaves float32 no room to round in, whose codes take more than a byte, or that have no sign: by the
- * rounding in float64, where every format has room. Their values are float32 numbers, so nothing is rounded twice.
+/* Formats whose range leaves float32 no room to round in, whose codes take more than a byte, or that have no sign: by
+ * the rounding in float64, where every format has room. Their values are float32 numbers, so nothing is rounded twice.
  *
  * An unsigned format is rounded as the signed one of the same values. What is below its smallest value becomes that, or
  * NaN where overflow does. Without zero, the codes here are one larger than the format's, whose parity round.h heeds.
