@@ -287,7 +287,7 @@ def described(docstring: str) -> str:
 def api() -> str:
     """The public functions and classes, from their docstrings."""
     parts = []
-    for name in ("altgrad.quantization", "altgrad.simulation", "altgrad.report"):
+    for name in ("altgrad.quantization", "altgrad.simulation", "altgrad.report", "altgrad.storage"):
         module = importlib.import_module(name)
         parts.append(f"## {name}\n\n{described(module.__doc__ or '')}")
         for member in module.__all__:

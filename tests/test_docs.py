@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import altgrad
+import altgrad.storage
 import ops_registry
 
 ROOT = Path(__file__).parent.parent
@@ -68,9 +69,8 @@ def test_docstring_examples(name):
 
 def test_there_are_docstring_examples():
     """Every public function has an example."""
-    public = [
-        getattr(package, name) for package in (altgrad.quantization, altgrad.simulation) for name in package.__all__
-    ]
+    packages = altgrad.quantization, altgrad.simulation, altgrad.storage
+    public = [getattr(package, name) for package in packages for name in package.__all__]
     functions = [value for value in public if inspect.isfunction(value)]
     assert [f.__name__ for f in functions if ">>> " not in (f.__doc__ or "")] == []
 
