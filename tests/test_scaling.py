@@ -166,7 +166,7 @@ def test_rounding_scales_up_clips_nothing(rule, f):
 
 
 def power_of_two_by_definition(amax, f, rule):
-    """With exact logarithms: frexp."""
+    """With exact logarithms, frexp, of a number of numpy."""
 
     def exponent(value):
         return math.frexp(value)[1] - 1
@@ -174,34 +174,48 @@ def power_of_two_by_definition(amax, f, rule):
     largest = f.max_representable_value
     if math.isnan(amax):
         return math.nan
+    below = exponent(largest)
     if rule == "rceil":
         with np.errstate(all="ignore"):
-            quotient = float(np.float32(amax) / np.float32(largest))
-        if quotient in (0, math.inf):
-            result = -127 if quotient == 0 else 127
-        else:
-            result = exponent(quotient) + (math.frexp(quotient)[0] != 0.5)
-    elif amax == 0:
+            amax, below = amax / type(amax)(largest), 0
+    amax, infinity = float(amax), exponent(np.finfo(type(amax)).max) + 1
+    if amax == 0:
         result = -127
     elif math.isinf(amax):
-        result = 128 - exponent(largest)
+        result = 127 if rule == "rceil" else infinity - below
     else:
         if rule == "even":  # to M mantissa bits, ties away
-            step = 2.0 ** (exponent(amax) - f.mantissa_bits)
-            amax = math.floor(amax / step + 0.5) * step
-        result = exponent(amax) - exponent(largest) + (rule == "ceil" and math.frexp(amax)[0] != 0.5)
+            half_steps = math.floor(math.ldexp(amax, f.mantissa_bits + 1 - exponent(amax)))
+            is_above = (half_steps + 1) // 2 == 2 << f.mantissa_bits
+        else:
+            is_above = rule != "floor" and math.frexp(amax)[0] != 0.5
+        result = exponent(amax) - below + is_above
     return 2.0 ** min(max(result, -127), 127)
 
 
+def magnitudes_around_thresholds(dtype):
+    """Numbers in some binades of float32 and at the ends of a dtype, subnormals and specials among them."""
+    bits = {np.float32: 23, np.float64: 52}[dtype]
+    offsets = [0, 1, 2, 1 << bits - 1, (1 << bits) - 1, *[(1 << bits - k) + d for k in range(1, 12) for d in (-1, 0)]]
+    offsets += [(1 << bits) - (1 << bits - k) + d for k in range(2, 12) for d in (-1, 0, 1)]
+    limits = np.finfo(dtype)
+    exponents = [*range(-150, 129, 30), -128, -127, -126, 126, 127]
+    with np.errstate(over="ignore"):
+        points = [np.ldexp(dtype(1) + np.array(offsets, dtype) * limits.eps, e).astype(dtype) for e in exponents]
+    ends = [0, np.inf, np.nan, limits.tiny, limits.smallest_subnormal, limits.max, limits.max / 2]
+    return np.concatenate([*points, np.array(ends, dtype)])
+
+
+EXTREME = [resolve(spelling) for spelling in ("FP16", "e8m7b127", "e2m2b100f", "e0m1b148f", "e1m0b1f", "e0m15b1f")]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rule", POWER_OF_TWO_RULES)
-@pytest.mark.parametrize("f", [f for f in NAMED if f.max_representable_value >= 1], ids=lambda f: f.name)
-def test_power_of_two_is_the_definition(f, rule):
-    mantissas = [0, 1, 2, 1 << 22, (1 << 23) - 1, *[(1 << 23 - k) - d for k in range(1, 9) for d in (0, 1)]]
-    mantissas += [(1 << 23) - (1 << 23 - k) + d for k in range(2, 9) for d in (-1, 0, 1)]
-    points = np.concatenate([np.ldexp(1 + np.array(mantissas) / 2**23, e) for e in range(-126, 128, 3)])
-    points = np.concatenate([points, [0, np.inf, np.nan, 2.0**-126, 3.4e38]]).astype(np.float32)
+@pytest.mark.parametrize("f", NAMED + EXTREME, ids=lambda f: f.name)
+def test_power_of_two_is_the_definition(f, rule, dtype):
+    points = magnitudes_around_thresholds(dtype)
     got = compute_scale(torch.from_numpy(points)[:, None], f, granularity=PerAxis(0), power_of_two=rule)
-    want = torch.tensor([power_of_two_by_definition(float(p), f, rule) for p in points]).float()
+    want = torch.tensor([power_of_two_by_definition(p, f, rule) for p in points], dtype=got.dtype)
     assert_same_bits(got[:, 0], want, torch.from_numpy(points))
 
 

@@ -18,10 +18,9 @@ from .ops import drawn_bits, quantize
 
 METHODS = ("amax", "percentile", "mse")
 POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
-_E8M0_BIAS = 127
-_E8M0_ZERO_BITS = 1 << 22  # 2^-127, the value of code 0, as a float32
-_MANTISSA = (1 << 23) - 1
-_HALF_STEPS = [1 << (22 - mantissa_bits) for mantissa_bits in range(8)]  # a list: a compiler may know no shift by it
+# Of the dtype of an amax: integers of its width, its mantissa bits, its bias, and the bits of 2^-127, E8M0's smallest.
+_LAYOUTS = {torch.float32: (torch.int32, 23, 127, 1 << 22), torch.float64: (torch.int64, 52, 1023, 896 << 52)}
+_E8M0_MAX_EXPONENT = 127
 # What mse tries beside amax itself.
 _MSE_FACTORS = [2.0 ** (-step / 8) for step in range(1, 17)]
 _MSE_POWER_OF_TWO_FACTORS = [2.0, 0.5, 0.25]  # 2 because two of the rules clip
@@ -55,10 +54,11 @@ def compute_scale(
     Nothing is read back from the device, and no gradient flows through a scale.
 
     Zeros, infinities and NaN: a statistic of 0 gives the scale 1. A scale is never below the smallest normal number of
-    its dtype nor above the largest. Where the statistic is infinite or any element is NaN, the scale is NaN, and so is
-    the group in quantize. Powers of two follow OCP MX instead: 2^-127 for zeros, 2^-127 to 2^127 otherwise, infinity
-    counting as 2^128, NaN for NaN. With scale_format a group of zeros gets the smallest scale, and an infinite or NaN
-    element makes the scale of the whole tensor NaN.
+    its dtype, nor so large that the largest value of the format times it overflows. Where the statistic is infinite or
+    any element is NaN, the scale is NaN, and so is the group in quantize. Powers of two follow OCP MX instead: 2^-127
+    for zeros, 2^-127 to 2^127 otherwise, infinity counting as the power of two above the dtype's numbers (with
+    ``"rceil"`` the scale is then 2^127), NaN for NaN. With scale_format a group of zeros gets the smallest scale, and
+    an infinite or NaN element makes the scale of the whole tensor NaN.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
@@ -179,24 +179,31 @@ def scaler(
 
 
 def as_scale(amax: Tensor, max_value: float) -> Tensor:
-    """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN."""
+    """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN.
+
+    It is small enough for max_value * scale to be finite, also as the product of two factors, rounded twice.
+    """
     limits = torch.finfo(amax.dtype)
-    scale = divide(amax, amax.new_full((), max_value)).clamp(limits.smallest_normal, limits.max)
+    most = min(limits.max, limits.max * (1 - 2 * limits.eps) / max_value)
+    scale = divide(amax, amax.new_full((), max_value)).clamp(limits.smallest_normal, most)
     return scale.masked_fill(amax == 0, 1.0).masked_fill(amax == math.inf, math.nan)
 
 
 def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
-    """The E8M0 scale of amax in float32, by the rules of OCP MX, on the bits of float32 numbers (logarithms err)."""
-    max_value, amax = format.max_representable_value, amax.float()
+    """The E8M0 scale of amax in its dtype, by the rules of OCP MX, on the bits of numbers (logarithms err)."""
+    integers, mantissa_bits, bias, smallest = _LAYOUTS[amax.dtype]
+    a, exponent = amax, math.frexp(format.max_representable_value)[1] - 1
     if rule == "rceil":
-        bits = divide(amax, amax.new_full((), max_value)).view(torch.int32)
-        # The mantissa carries into the exponent, but for the subnormals up to 2^-127, the smallest scale.
-        code = torch.where(bits <= _E8M0_ZERO_BITS, 0, _shifted(bits + _MANTISSA, -23))
-    else:
-        carry = {"floor": 0, "ceil": _MANTISSA, "even": _HALF_STEPS[format.mantissa_bits]}[rule]
-        code = _shifted(amax.view(torch.int32) + carry, -23) - (math.frexp(max_value)[1] - 1)
-    bits = _shifted(code.clamp(max=2 * _E8M0_BIAS), 23).clamp(min=_E8M0_ZERO_BITS)  # what a code below 1 becomes
-    return torch.where(amax.isnan(), math.nan, bits.view(torch.float32))
+        a, exponent = divide(amax, amax.new_full((), format.max_representable_value)), 0
+    while exponent < 1:  # so that all subnormals of a, where an exponent says nothing, mean 2^-127
+        step = min(1 - exponent, 127)
+        a, exponent = a * 2.0**step, exponent + step
+    bits = a.view(integers)
+    if rule != "floor":  # a carry into the exponent
+        bits = bits + ((1 << mantissa_bits) - 1 if rule != "even" else 2 ** (mantissa_bits - 1 - format.mantissa_bits))
+    code = (_shifted(bits, -mantissa_bits) - exponent).clamp(max=bias + _E8M0_MAX_EXPONENT)
+    bits = _shifted(code, mantissa_bits).clamp(min=smallest)  # what a code below 1 becomes
+    return torch.where(amax.isnan(), math.nan, bits.view(amax.dtype))
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
@@ -210,7 +217,7 @@ def _rounded_scale(
     """The function amax -> scale; x has the largest magnitude of the whole tensor."""
     max_value = format.max_representable_value
     if power_of_two is not None:
-        return lambda amax: as_power_of_two(amax, format, power_of_two).to(amax.dtype)
+        return lambda amax: as_power_of_two(amax, format, power_of_two)
     if scale_format is None:
         return lambda amax: as_scale(amax, max_value)
     f = resolve(scale_format)
