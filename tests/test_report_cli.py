@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from test_report import bad_files
 
 from altgrad.quantization import FORMAT_REGISTRY
 from altgrad.report import Report, report_weights
@@ -82,11 +83,13 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_truncated_file_is_one_line(checkpoint, capsys):
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-300])
-    assert run(checkpoint) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert written(checkpoint) == []
+def test_bad_files_are_one_line_and_exit_code_2(checkpoint, tmp_path, capsys):
+    """Truncated and foreign files of every kind."""
+    for path in bad_files(tmp_path):
+        assert cli.main(["report", str(path), "-o", str(tmp_path / "out")]) == 2, path
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"altgrad: {path}") and captured.err.count("\n") == 1, path
+        assert captured.out == "" and written(checkpoint) == []
 
 
 def test_interrupted(checkpoint, monkeypatch, capsys):
@@ -103,6 +106,28 @@ def test_interrupted(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(weights, "_layer", layer)
     assert run(checkpoint) == 130
     assert capsys.readouterr().err.strip() == "altgrad: interrupted, nothing was written"
+    assert written(checkpoint) == []
+
+
+@pytest.mark.compiles
+def test_a_process_interrupted(checkpoint):
+    """The signal of Ctrl-C while threads count a tensor."""
+    torch.save([torch.ones(1 << 20) for _ in range(100)], checkpoint)
+    code = """if True:
+        import sys
+        from altgrad.report import cli, weights
+        def layer(*arguments, original=weights._layer):
+            print("a tensor", flush=True)
+            return original(*arguments)
+        weights._layer = layer
+        sys.exit(cli.main(["report", *sys.argv[1:]]))
+    """
+    arguments = [sys.executable, "-c", code, str(checkpoint), "-o", str(checkpoint.parent / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=120)
+    assert (process.returncode, message.strip()) == (130, "altgrad: interrupted, nothing was written")
     assert written(checkpoint) == []
 
 
@@ -146,7 +171,6 @@ def test_help(capsys):
     assert all(word in output for word in ("PATH", "NAMES", "--candidates", "--budget", "--output", "--svg"))
 
 
-@pytest.mark.compiles
 @pytest.mark.compiles
 def test_module_without_the_extra():
     code = "import sys, runpy; sys.modules['rich'] = None; runpy.run_module('altgrad', run_name='__main__')"

@@ -9,6 +9,7 @@ the command line, imports, page and recommendation included. Printed are the lea
 processor time of the whole process (steadier where others compute too), and the largest memory of the process.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from altgrad.quantization import compute_scale, quantize, quantize_blocks
-from altgrad.report import DEFAULT, candidate, report_weights
+from altgrad.report import DEFAULT, candidate, cli, report_weights
 
 WIDTH = 2048
 
@@ -59,28 +60,32 @@ def baseline(path: Path) -> None:
 
 def run(what: str, path: Path) -> tuple[float, float, float]:
     """Seconds, seconds of processor time and peak gigabytes of a process that does it."""
-    if what == "altgrad report":
-        code = "from altgrad.report.cli import main; assert main(['report', sys.argv[1], '-o', sys.argv[2]]) == 0"
-    else:
-        code = f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import report; report.work({what!r}, sys.argv[1])"
-    code = f"import sys, resource; {code}; use = resource.getrusage(resource.RUSAGE_SELF)"
-    code += "; print(use.ru_utime + use.ru_stime, use.ru_maxrss)"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(path.parent)], capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--work", what, str(path)], capture_output=True, text=True, check=True
     )
     wall = time.perf_counter() - start
-    *others, processor, memory = done.stdout.split()
-    return wall if what == "altgrad report" else float(others[-1]), float(processor), int(memory) * 1024 / 1e9
+    seconds, processor, gigabytes = map(float, done.stdout.split()[-3:])
+    return wall if what == "altgrad report" else seconds, processor, gigabytes
 
 
-def work(what: str, path: str) -> None:
+def work(what: str, path: Path) -> None:
+    """What a process does, and its seconds, seconds of processor time and peak gigabytes on the last line."""
     start = time.perf_counter()
-    baseline(Path(path)) if what == "baseline" else report_weights(path)
-    print(time.perf_counter() - start)
+    if what == "baseline":
+        baseline(path)
+    elif what == "report":
+        report_weights(path)
+    else:
+        assert cli.main(["report", str(path), "-o", str(path.parent)]) == 0
+    # VmHWM is the process's own; ru_maxrss starts at what the parent had when it started this one.
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    print(time.perf_counter() - start, time.process_time(), int(peak) * 1024 / 1e9)
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        return work(sys.argv[2], Path(sys.argv[3]))
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     dtype = getattr(torch, sys.argv[2] if len(sys.argv) > 2 else "bfloat16")
     with tempfile.TemporaryDirectory() as folder:
