@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packing
+from . import blocks, packing
 from .arithmetic import code_dtype, compute_dtype, divide
 from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
 from .formats import FP8Format
@@ -301,6 +301,7 @@ FORMULAS = with_twins(
         "project": project_to,
         "decode": decode,
         "dequantize": dequantize,
+        "quantize_blocks": blocks.quantize_blocks,
         "amax": amax,
         "pack": packing.pack,
         "unpack": packing.unpack,
@@ -309,7 +310,7 @@ FORMULAS = with_twins(
 
 # The formulas with the layout of their operator.
 KERNELS = {
-    name: with_layout_of_input(formula) if OPERATORS[name].is_pointwise else formula
+    name: with_layout_of_input(formula) if OPERATORS[name].is_laid_out_like_x else formula
     for name, formula in FORMULAS.items()
 }
 

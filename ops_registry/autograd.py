@@ -71,6 +71,19 @@ def _unscale_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
     return divide(tangent, *ctx.saved_tensors).to(dtype)
 
 
+def _unscale_blocks(ctx: Any, grad: Tensor) -> Tensor:
+    """Straight through, but for the scale of the tensor where values come without it."""
+    if not any(option is True for option in ctx.options):
+        return grad
+    (tensor_scale,) = ctx.saved_tensors
+    return grad if tensor_scale is None else divide(grad, tensor_scale).to(grad.dtype)
+
+
+def _unscale_blocks_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
+    dtype = next((option for option in ctx.options if isinstance(option, torch.dtype)), tangent.dtype)
+    return _unscale_blocks(ctx, tangent).to(dtype).view_as(tangent)
+
+
 RULES = {
     "quantize": Rule(_alias, _view),
     "quantize_stochastic": Rule(_alias, _view),
@@ -78,6 +91,8 @@ RULES = {
     "quantize_gradient_stochastic": Rule(_quantize_stochastic, _view, saves=2),
     "project": Rule(_unscale, _unscale_to_dtype, saves=1),
     "project_stochastic": Rule(_unscale, _unscale_to_dtype, saves=1),
+    "quantize_blocks": Rule(_unscale_blocks, _unscale_blocks_to_dtype, saves=1),
+    "quantize_blocks_stochastic": Rule(_unscale_blocks, _unscale_blocks_to_dtype, saves=1),
     "dequantize": Rule(_rescale, _rescale, saves=1),
     "encode": Rule(_none, _none),
     "encode_stochastic": Rule(_none, _none),
@@ -86,7 +101,7 @@ RULES = {
     "pack": Rule(_none, _none),
     "unpack": Rule(_none, _none),
 }
-_NO_GRADIENTS = (None,) * 6  # for the arguments behind the first; autograd ignores the ones too many
+_NO_GRADIENTS = (None,) * 10  # for the arguments behind the first; autograd ignores the ones too many
 
 
 _option_keys: dict[tuple[Any, ...], int] = {}
@@ -97,7 +112,8 @@ def _save(rule: Rule, ctx: Any, inputs: tuple[Any, ...]) -> None:
         tensors = inputs[1 : 1 + rule.saves]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.options = tuple(option for option in inputs[1 + rule.saves :] if not isinstance(option, Tensor))
+        options = [option for option in inputs[1 + rule.saves :] if not isinstance(option, Tensor)]
+        ctx.options = tuple(tuple(option) if isinstance(option, list) else option for option in options)
 
 
 def _register_public(name: str, rule: Rule) -> None:
@@ -146,7 +162,7 @@ def _register_kernel(name: str, rule: Rule) -> None:
             modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return function.apply(modes, keyset, *args)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in args[:tensors]):
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:tensors]):
             return function.apply(None, keyset, *args)
         return below_autograd(keyset, args)
 

@@ -1,14 +1,15 @@
 """What an operator accepts. Kernels and fakes call the same check, so eager, fake and compiled calls fail alike."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arithmetic import code_dtype
+from .arithmetic import code_dtype, compute_dtype
 from .formats import FP8Format, resolve
-from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
+from .modes import POWER_OF_TWO_RULES, RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +30,11 @@ def check_quantize(
 ) -> FP8Format:
     """Checks the arguments of a projection, deterministic or stochastic; returns the format."""
     check_dequantize(x, scale)
+    _check_modes(x, saturation, rounding, random_bits)
+    return resolve(format)
+
+
+def _check_modes(x: Tensor, saturation: str, rounding: str, random_bits: Tensor | None) -> None:
     if saturation not in SATURATIONS:
         raise ValueError(f"saturation must be one of {', '.join(SATURATIONS)}, got {saturation!r}")
     if rounding not in ROUNDINGS:
@@ -39,7 +45,6 @@ def check_quantize(
         raise ValueError(
             "rounding 'stochastic' needs random_bits: it is an operator of its own, with them as an operand"
         )
-    return resolve(format)
 
 
 def check_encode(x: Tensor, scale: Tensor, format: str, *args: Any, **random_bits: Any) -> FP8Format:
@@ -68,9 +73,54 @@ def check_project(
 ) -> FP8Format:
     """Checks the arguments of project; returns the format."""
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
+    _check_result(dtype, x)
+    return f
+
+
+def _check_result(dtype: torch.dtype | None, x: Tensor) -> None:
     if dtype is not None and (dtype not in FLOAT_DTYPES or (dtype == torch.float64) != (x.dtype == torch.float64)):
         raise TypeError(f"dtype must be float64 for float64 x, else float16, bfloat16 or float32, got {dtype}")
-    return f
+
+
+def check_quantize_blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    without_tensor_scale: bool = False,
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> FP8Format:
+    """Checks the arguments of quantize_blocks; returns the format."""
+    _check_floating("x", x)
+    _check_modes(x, saturation, rounding, random_bits)
+    _check_result(dtype, x)
+    if len(block) != x.ndim or not all(size > 0 or size == -1 for size in block):
+        raise ValueError(
+            f"block must have a positive size, or -1 for all, for each of the {x.ndim} dimensions of x, got {block}"
+        )
+    if power_of_two is not None and power_of_two not in POWER_OF_TWO_RULES:
+        raise ValueError(f"power_of_two must be one of {', '.join(POWER_OF_TWO_RULES)} or None, got {power_of_two!r}")
+    if power_of_two is not None and scale_format is not None:
+        raise ValueError("power_of_two and scale_format both round the scale: give one of them")
+    if not 0 < headroom < math.inf:
+        raise ValueError(f"headroom must be positive and finite, got {headroom!r}")
+    if (tensor_scale is None) != (scale_format is None):
+        raise ValueError("tensor_scale is for scales of a scale_format: give both of them or neither")
+    if tensor_scale is not None:
+        resolve(scale_format)
+        _check_scale(tensor_scale, "x", x)
+        if tensor_scale.ndim or tensor_scale.dtype != compute_dtype(x.dtype):
+            raise ValueError(
+                f"tensor_scale must be a 0-d tensor of {compute_dtype(x.dtype)}, "
+                f"got {tensor_scale.ndim} dimensions of {tensor_scale.dtype}"
+            )
+    return resolve(format)
 
 
 def _check_random_bits(random_bits: Tensor, x: Tensor) -> None:

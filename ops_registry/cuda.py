@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten
+from . import aten, blocks
 from .arithmetic import code_dtype
-from .checks import check_decode, check_encode, check_project, check_quantize
-from .formats import FP8Format
+from .checks import check_decode, check_encode, check_project, check_quantize, check_quantize_blocks
+from .formats import FP8Format, resolve
 from .layout import strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import library, with_twins
 from .philox import random_bits as bits_of
+from .tiles import fits_blocks, scaling_of, tiling_of
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
@@ -52,13 +53,13 @@ class Walk(NamedTuple):
 
 
 @cache
-def kernels() -> ModuleType | None:
-    """The module of Triton kernels, None without Triton."""
+def kernels(module: str) -> ModuleType | None:
+    """A module of Triton kernels, None without Triton."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return None
-    return import_module(".cuda_kernels", __package__)
+    return import_module(f".{module}", __package__)
 
 
 def runs_of(shape: Size, x_strides: Size, scale_strides: list[int]) -> tuple[list[int], list[int]]:
@@ -117,38 +118,51 @@ def in_order_of(out: Tensor, x: Tensor) -> Tensor:
 
 
 def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str) -> bool:
-    """Runs a kernel on out's device and its current stream; False where it cannot serve.
+    """Runs a kernel of cuda_kernels.py; False where it cannot serve.
 
     A 0-d scale on the CPU becomes an argument of the kernel, or of a fill: there is no synchronization. In inputs, out
     stands for random bits where there are none.
     """
     planned = plan(out.shape, out.stride(), scale.shape, scale.stride(), BLOCK_BYTES // out.element_size())
-    module, device = kernels(), out.get_device()
+    module = kernels("cuda_kernels")
     if module is None or planned is None:
         return False
     programs, integers, layout = planned
-    if programs == 0:
-        return True
     tensors: list[Any] = [scale, *[in_order_of(out, x) for x in inputs], out]
-    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
-    if scale.get_device() != device:
-        if torch.float64 in dtypes[1:]:  # kernels take numbers in float32
+    if scale.get_device() != out.get_device():
+        if any(tensor.dtype == torch.float64 for tensor in tensors[1:]):  # kernels take numbers in float32
             tensors[0] = torch.full((), scale.item(), dtype=scale.dtype, device=out.device)
         else:
-            tensors[0], dtypes[0] = scale.float().item(), float
+            tensors[0] = scale.float().item()
+    options = {"num_warps": NUM_WARPS, "maxnreg": None if layout[0].is_columns else MAX_REGISTERS}
+    start(getattr(module, kernel), programs, tensors, (out.numel(), *integers), (*layout, f, *modes), options)
+    return True
+
+
+def start(
+    kernel: Any,
+    programs: int,
+    tensors: list[Any],
+    integers: tuple[int, ...],
+    constants: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """Runs a kernel on the device of the last tensor and its current stream, compiled once for types and constants."""
+    if programs == 0:
+        return
+    device = tensors[-1].get_device()
     # Launches by address: Triton would ask the driver where a tensor lies. Kernels differ by alignment.
     addresses = [tensor if isinstance(tensor, float) else tensor.data_ptr() for tensor in tensors]
     is_aligned = [isinstance(address, float) or address % 16 == 0 for address in addresses]
-    key = (kernel, device, layout, f.name, modes, *dtypes, *is_aligned)
+    dtypes = [float if isinstance(tensor, float) else tensor.dtype for tensor in tensors]
+    key = (kernel, device, constants, *dtypes, *is_aligned)
     compiled = _compiled.get(key)
-    others = (out.numel(), *integers, *layout, f, *modes)
+    others = (*integers, *constants)
     if compiled is not None and device == torch.cuda.current_device():
         compiled[programs, 1, 1](*addresses, *others, stream=torch._C._cuda_getCurrentRawStream(device))
-        return True
-    options = {"num_warps": NUM_WARPS, "maxnreg": None if layout[0].is_columns else MAX_REGISTERS}
-    with torch.cuda.device_of(out):
-        _compiled[key] = getattr(module, kernel)[programs, 1, 1](*tensors, *others, **options)
-    return True
+        return
+    with torch.cuda.device_of(tensors[-1]):
+        _compiled[key] = kernel[programs, 1, 1](*tensors, *others, **options)
 
 
 def quantize(
@@ -208,7 +222,51 @@ def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None 
     return out.copy_(aten.decode(codes, scale, format, dtype))
 
 
-KERNELS = with_twins({"quantize": quantize, "project": project, "encode": encode, "decode": decode})
+def quantize_blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    without_tensor_scale: bool = False,
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> Tensor:
+    options = block, power_of_two, scale_format, headroom, without_tensor_scale, dtype
+    f = check_quantize_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits)
+    out = torch.empty_like(x, dtype=dtype)
+    g = None if scale_format is None else resolve(scale_format)
+    is_counted = random_bits is not None and random_bits.dtype == SEED
+    tiling = tiling_of(out.shape, out.stride(), tuple(block), is_counted)
+    module = kernels("cuda_blocks")
+    if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
+        formula = blocks.quantize_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits)
+        return out.copy_(formula)
+    if tensor_scale is None:
+        tensor_scale = x  # not looked at
+    elif tensor_scale.get_device() != out.get_device():
+        tensor_scale = torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=out.device)
+    random_bits = out if random_bits is None else random_bits
+    random_bits = random_bits if is_counted else in_order_of(out, random_bits)
+    constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, without_tensor_scale)
+    tensors = [in_order_of(out, x), tensor_scale, random_bits, out]
+    start(module.quantize_blocks_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options)
+    return out
+
+
+KERNELS = with_twins(
+    {
+        "quantize": quantize,
+        "project": project,
+        "encode": encode,
+        "decode": decode,
+        "quantize_blocks": quantize_blocks,
+    }
+)
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

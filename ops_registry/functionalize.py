@@ -19,12 +19,16 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from .aten import FORMULAS, KERNELS, project_to, quantize, with_sign_of_portable
 from .operators import OPERATORS, library, with_twins
 
+# Where a kernel of their own takes less of a GPU's time than what Inductor makes of the formula, which reads x twice
+# and, for blocks along columns, in an order that memory is slow in.
+OPAQUE_ON_CUDA = "quantize_blocks", "quantize_blocks_stochastic"
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 
 
-def _inlined(kernel: Callable[..., Tensor]) -> Callable[..., Any]:
+def _inlined(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not config.decompose_custom_triton_ops:  # torch.export
+        is_export = not config.decompose_custom_triton_ops
+        if is_export or (name in OPAQUE_ON_CUDA and args[0].is_cuda):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         if not all(t is Tensor or issubclass(t, _TRANSPARENT_TYPES) for t in types):
             return NotImplemented
@@ -47,6 +51,8 @@ _PORTABLE = FORMULAS | with_twins(
 )
 
 for _name, _kernel in KERNELS.items():
-    torch.library.register_torch_dispatch(f"altgrad::{_name}", FunctionalTensorMode, _inlined(_kernel), lib=library)
+    torch.library.register_torch_dispatch(
+        f"altgrad::{_name}", FunctionalTensorMode, _inlined(_name, _kernel), lib=library
+    )
     _op = getattr(torch.ops.altgrad, _name).default
     register_decomposition(_op)(_portable(_PORTABLE[_name]) if OPERATORS[_name].is_pointwise else _kernel)

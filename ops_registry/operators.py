@@ -19,6 +19,7 @@ from .checks import (
     check_pack,
     check_project,
     check_quantize,
+    check_quantize_blocks,
     check_unpack,
 )
 from .formats import resolve
@@ -29,10 +30,13 @@ _ROUNDING = f'str rounding="{ROUNDINGS[0]}"'
 _DETERMINISTIC = f"(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor"
 _STOCHASTIC = f"(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor"
 _TO_DTYPE = ", ScalarType? dtype=None) -> Tensor"
+_BLOCKS = (
+    "int[] block, str? power_of_two=None, str? scale_format=None, float headroom=1.0, bool without_tensor_scale=False"
+)
 
 
 class Operator(NamedTuple):
-    """A row: the schema behind the name, a check that raises, and the output without its values, laid out like x.
+    """A row: the schema behind the name, a check that raises, and the output without its values.
 
     Pointwise operators take an element of each tensor, the second broadcasting to the first: they batch and shard by
     one rule each.
@@ -42,18 +46,24 @@ class Operator(NamedTuple):
     check: Callable[..., Any]
     output: Callable[..., Tensor]
     is_pointwise: bool = True
+    is_laid_out_like_x: bool = True
 
     @property
     def tensors(self) -> int:
         """How many tensors it takes: its first arguments."""
-        return self.schema.count("Tensor ")
+        return self.schema.count("Tensor ") + self.schema.count("Tensor? ")
 
 
 def stochastic(deterministic: Callable[..., Any]) -> Callable[..., Any]:
     """The same function for the operator's stochastic twin, whose random bits come third and stand for the rounding."""
 
     def twin(
-        x: Tensor, scale: Tensor, random_bits: Tensor, format: str, saturation: str = SATURATIONS[0], *others: Any
+        x: Tensor,
+        scale: Tensor | None,
+        random_bits: Tensor,
+        format: str,
+        saturation: str = SATURATIONS[0],
+        *others: Any,
     ) -> Any:
         return deterministic(x, scale, format, saturation, "stochastic", *others, random_bits=random_bits)
 
@@ -90,6 +100,11 @@ def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None
     return torch.empty_like(codes, dtype=dtype or torch.float32)
 
 
+def _quantized(x: Tensor, tensor_scale: Tensor | None, *args: Any, **random_bits: Any) -> Tensor:
+    dtype = next((argument for argument in args if isinstance(argument, torch.dtype)), None)
+    return torch.empty_like(x, dtype=dtype)
+
+
 def _reduced(x: Tensor, dims: list[int]) -> Tensor:
     sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
     return x.new_empty(sizes, dtype=compute_dtype(x.dtype))
@@ -118,9 +133,21 @@ OPERATORS = {
         "(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor", check_decode, _values
     ),
     "dequantize": Operator("(Tensor x, Tensor scale) -> Tensor", check_dequantize, _like_x),
-    "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, is_pointwise=False),
-    "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, is_pointwise=False),
-    "unpack": Operator("(Tensor packed, int bits, SymInt n) -> Tensor", check_unpack, _unpacked, is_pointwise=False),
+    "quantize_blocks": Operator(
+        f"(Tensor x, Tensor? tensor_scale, str format, str saturation, str rounding, {_BLOCKS}{_TO_DTYPE}",
+        check_quantize_blocks,
+        _quantized,
+        is_pointwise=False,
+    ),
+    "quantize_blocks_stochastic": Operator(
+        f"(Tensor x, Tensor? tensor_scale, Tensor random_bits, str format, str saturation, {_BLOCKS}{_TO_DTYPE}",
+        stochastic(check_quantize_blocks),
+        stochastic(_quantized),
+        is_pointwise=False,
+    ),
+    "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),
+    "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, False, False),
+    "unpack": Operator("(Tensor packed, int bits, SymInt n) -> Tensor", check_unpack, _unpacked, False, False),
 }
 
 # The registrations live as long as this object.

@@ -25,6 +25,8 @@ def register() -> None:
     for name, operator in OPERATORS.items():
         if operator.is_pointwise:
             register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(operator.tensors))
+    for op in (torch.ops.altgrad.quantize_blocks, torch.ops.altgrad.quantize_blocks_stochastic):
+        register_sharding(op.default)(_placements_of_blocks)
     register_sharding(torch.ops.altgrad.amax.default)(_placements_of_amax)
     register_sharding(torch.ops.altgrad.pack.default)(_placements_of_rows)
     register_sharding(torch.ops.altgrad.unpack.default)(_placements_of_rows)
@@ -36,6 +38,27 @@ def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[A
 
     splits = {p: Partial("max") if p.dim in dims else p for p in x.placements if hasattr(p, "dim")}
     return [([Replicate()], [Replicate(), None]), *(([result], [p, None]) for p, result in splits.items())]
+
+
+def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Replicated, or split as x is where no block is."""
+    from torch.distributed.tensor import Replicate
+
+    block = next(argument for argument in args if isinstance(argument, list | tuple))
+    has_bits = hasattr(args[0], "placements")
+    bits_are_split = has_bits and args[0].ndim == x.ndim
+    of_scale = None if tensor_scale is None else Replicate()
+    options = [None] * (len(args) - has_bits)
+    choices: list[tuple[list[Any], list[Any]]] = []
+    for p in (Replicate(), *x.placements):
+        is_whole = p.is_replicate() or (
+            p.is_shard()
+            and (block[p.dim] == 1 or (block[p.dim] > 0 and x.shape[p.dim] % (block[p.dim] * x.mesh.size()) == 0))
+        )
+        if is_whole and (p.is_replicate() or bits_are_split or not has_bits):
+            of_bits = [p if bits_are_split else Replicate()] * has_bits
+            choices.append(([p], [p, of_scale, *of_bits, *options]))
+    return choices
 
 
 def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:

@@ -12,25 +12,46 @@ from .operators import OPERATORS, library
 from .philox import random_bits as bits_of
 
 
+def _stack(info: Any, tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _stack_bits(info: Any, random_bits: Tensor, dim: int | None, x: Tensor) -> Tensor:
+    if random_bits.dtype != SEED:
+        return _stack(info, random_bits, dim)
+    # One an example, or one for all: each example counts its own elements.
+    return bits_of(random_bits.view(-1, *[1] * (x.ndim - 1)), x.shape[1:]).expand(x.shape)
+
+
 def _batched(name: str, tensors: int) -> Callable[..., tuple[Tensor, int]]:
     op = getattr(torch.ops.altgrad, name).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, scale: Tensor, *args: Any) -> tuple[Tensor, int]:
-        def stack(tensor: Tensor, dim: int | None) -> Tensor:
-            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-        x = stack(x, in_dims[0])
+        x = _stack(info, x, in_dims[0])
         if in_dims[1] is not None:
             # Behind the batch dimension scale broadcasts from the right, as it did without it.
             scale = scale.movedim(in_dims[1], 0)
             scale = scale.reshape(scale.shape[0], *[1] * (x.ndim - scale.ndim), *scale.shape[1:])
-        others = []
-        for tensor, dim in zip(args[: tensors - 2], in_dims[2:], strict=False):
-            if tensor.dtype == SEED:  # one an example, or one for all: each example counts its own elements
-                tensor = bits_of(tensor.view(-1, *[1] * (x.ndim - 1)), x.shape[1:]).expand(x.shape)
-                dim = 0
-            others.append(stack(tensor, dim))
+        others = [_stack_bits(info, t, dim, x) for t, dim in zip(args[: tensors - 2], in_dims[2:], strict=False)]
         return op(x, scale, *others, *args[tensors - 2 :]), 0
+
+    return rule
+
+
+def _in_blocks(name: str) -> Callable[..., tuple[Tensor, int]]:
+    op = getattr(torch.ops.altgrad, name).default
+
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, tensor_scale: Tensor | None, *args: Any
+    ) -> tuple[Tensor, int]:
+        x, (first, *modes), block, others = _stack(info, x, in_dims[0]), args[:3], args[3], args[4:]
+        if isinstance(first, Tensor):
+            first = _stack_bits(info, first, in_dims[2], x)
+        if tensor_scale is None or in_dims[1] is None:
+            return op(x, tensor_scale, first, *modes, [1, *block], *others), 0
+        firsts = first.unbind() if isinstance(first, Tensor) else [first] * info.batch_size
+        examples = zip(x.unbind(), tensor_scale.unbind(in_dims[1]), firsts, strict=True)
+        return torch.stack([op(x, s, first, *modes, block, *others) for x, s, first in examples]), 0
 
     return rule
 
@@ -49,6 +70,8 @@ def _unpack(info: Any, in_dims: tuple[int, None, None], packed: Tensor, bits: in
     return torch.ops.altgrad.unpack(packed.movedim(in_dims[0], 0), bits, n), 0
 
 
+for _name in ("quantize_blocks", "quantize_blocks_stochastic"):
+    torch.library.register_vmap(f"altgrad::{_name}", _in_blocks(_name), lib=library)
 torch.library.register_vmap("altgrad::pack", _pack, lib=library)
 torch.library.register_vmap("altgrad::unpack", _unpack, lib=library)
 torch.library.register_vmap("altgrad::amax", _amax, lib=library)

@@ -141,7 +141,7 @@ def reference_quantize(f, x, scale, *args, **kwargs):
     """The definition for tensors of any floating dtype: float32 arithmetic but for float64."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     result = reference.quantize(f, x.cpu().to(compute).numpy(), scale.cpu().to(compute).numpy(), *args, **kwargs)
-    return torch.from_numpy(result).to(x.dtype)
+    return torch.from_numpy(np.asarray(result)).to(x.dtype)
 
 
 def reference_encode(f, x, scale, *args, **kwargs):

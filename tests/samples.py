@@ -2,6 +2,7 @@
 
 import torch
 
+from ops_registry.arithmetic import compute_dtype
 from ops_registry.operators import OPERATORS
 
 
@@ -36,8 +37,17 @@ SAMPLES = {
     "project_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
     "decode": lambda x, scale: (codes(x), scale, "E3M4", x.dtype),  # no NaN: opcheck takes it for a difference
     "dequantize": lambda x, scale: (x, scale),
+    "quantize_blocks": lambda x, scale: (
+        *(x, None, "E4M3", "none", "toward_zero"),
+        *([2] * x.ndim, "rceil", None, 1.0, False, other_dtype(x)),
+    ),
+    "quantize_blocks_stochastic": lambda x, scale: (
+        *(x, torch.full((), 0.01, dtype=compute_dtype(x.dtype), device=x.device), random_bits(x), "E2M1", "finite"),
+        *([*[1] * (x.ndim - 1), 3][: x.ndim], None, "E4M3", 1.0625, True),
+    ),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),
     "amax": lambda x, scale: (x.unsqueeze(0), sorted({0, x.ndim})),
 }
 POINTWISE = [name for name, operator in OPERATORS.items() if operator.is_pointwise]
+LAID_OUT_LIKE_X = [name for name, operator in OPERATORS.items() if operator.is_laid_out_like_x]

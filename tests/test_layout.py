@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from conftest import assert_same_bits
-from samples import POINTWISE, SAMPLES
+from samples import LAID_OUT_LIKE_X, SAMPLES
 from torch._subclasses import FakeTensorMode
 
 ag = torch.ops.altgrad
@@ -29,7 +29,7 @@ def random_layout(rng):
 
 
 def calls(x, scale):
-    arguments = {name: SAMPLES[name](x, scale) for name in POINTWISE}
+    arguments = {name: SAMPLES[name](x, scale) for name in LAID_OUT_LIKE_X}
     return [(args[0], functools.partial(getattr(ag, name), *args)) for name, args in arguments.items()]
 
 

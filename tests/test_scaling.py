@@ -29,7 +29,9 @@ from altgrad.quantization import (
     quantize_blocks,
     resolve,
 )
-from altgrad.quantization.scaling import METHODS, POWER_OF_TWO_RULES
+from altgrad.quantization.scaling import METHODS
+from ops_registry import blocks
+from ops_registry.modes import POWER_OF_TWO_RULES
 
 GRANULARITIES = [
     PerTensor(),
@@ -300,8 +302,12 @@ class Calls(TorchDispatchMode):
 def test_even_blocks_are_not_copied(sizes, transposed):
     x = samples(8, 12)
     x = x.t() if transposed else x
+    granularity = PerBlock(sizes)
     with Calls() as calls:
-        y = quantize_blocks(x, E4M3, granularity=PerBlock(sizes))
+        quantize_blocks(x, E4M3, granularity=granularity)
+    assert calls.names == ["altgrad::quantize_blocks"]
+    with Calls() as calls:
+        y = blocks.quantize_blocks(x, None, "E4M3", "propagate", "nearest_ties_to_even", granularity.block(x))
     assert calls.names.count("altgrad::quantize") == 1
     assert not {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::cat"} & set(calls.names)
     assert y.stride() == x.stride()
@@ -499,7 +505,8 @@ def test_export_keeps_the_node(dynamic):
     shapes = {"x": {0: torch.export.Dim("rows", min=2, max=64)}} if dynamic else None
     program = torch.export.export(Model(), (x,), dynamic_shapes=shapes)
     nodes = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert nodes.count(torch.ops.altgrad.quantize.default) == 2
+    assert nodes.count(torch.ops.altgrad.quantize.default) == 1
+    assert nodes.count(torch.ops.altgrad.quantize_blocks.default) == 1
     for got, want in zip(program.module()(x[:3] if dynamic else x), Model()(x[:3] if dynamic else x)):
         assert_same_bits(got, want)
 

@@ -30,12 +30,16 @@ class PerAxis:
 
     axes: int | tuple[int, ...]
 
-    def apply(self, f: GroupFunction, x: Tensor, *others: Tensor, compact: bool = False) -> Tensor:
+    def block(self, x: Tensor) -> list[int]:
+        """The size of a block of x in each dimension, -1 for all of it."""
         axes = (self.axes,) if isinstance(self.axes, int) else self.axes
         if not all(-x.ndim <= axis < x.ndim for axis in axes):
             raise ValueError(f"axes must be within the {x.ndim} dimensions of x, got {self.axes}")
         kept = [axis % x.ndim for axis in axes]
-        return _apply(f, x, others, tuple(dim for dim in range(x.ndim) if dim not in kept))
+        return [1 if dim in kept else -1 for dim in range(x.ndim)]
+
+    def apply(self, f: GroupFunction, x: Tensor, *others: Tensor, compact: bool = False) -> Tensor:
+        return _apply(f, x, others, tuple(dim for dim, size in enumerate(self.block(x)) if size == -1))
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,6 +85,11 @@ class PerBlock:
             )
         sizes = {dim % ndim: size for dim, size in self.sizes}
         return [(dim, sizes[dim]) for dim in range(ndim) if dim in sizes]
+
+    def block(self, x: Tensor) -> list[int]:
+        """The size of a block of x in each dimension."""
+        sizes = dict(self.by_dim(x.ndim))
+        return [sizes.get(dim, 1) for dim in range(x.ndim)]
 
     def apply(self, f: GroupFunction, x: Tensor, *others: Tensor, compact: bool = False) -> Tensor:
         """f on x and others seen as blocks, in x's shape; compact: with one element a block.

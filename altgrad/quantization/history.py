@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ops_registry.checks import check_tensor
+from ops_registry.scales import as_scale
 
 from .formats import FP8Format, resolve
 from .granularity import PerTensor
 from .magnitudes import amax
-from .scaling import as_scale
 
 POLICIES = ("max", "most_recent")
 

@@ -1,15 +1,16 @@
 """From a tensor to a scale: what statistic of a tensor, of its axes or of its blocks becomes which scale."""
 
-import math
 from collections.abc import Callable
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from ops_registry.arithmetic import divide
+from ops_registry.autograd import entry
 from ops_registry.checks import FLOAT_DTYPES, check_tensor
-from ops_registry.modes import SEED
+from ops_registry.formats import format_name
+from ops_registry.modes import POWER_OF_TWO_RULES, SEED
+from ops_registry.scales import as_power_of_two, as_scale, block_level
 
 from .formats import FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor, has_whole_blocks
@@ -17,10 +18,8 @@ from .magnitudes import amax, percentile
 from .ops import drawn_bits, quantize
 
 METHODS = ("amax", "percentile", "mse")
-POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
-# Of the dtype of an amax: integers of its width, its mantissa bits, its bias, and the bits of 2^-127, E8M0's smallest.
-_LAYOUTS = {torch.float32: (torch.int32, 23, 127, 1 << 22), torch.float64: (torch.int64, 52, 1023, 896 << 52)}
-_E8M0_MAX_EXPONENT = 127
+_quantize_blocks = entry("quantize_blocks")
+_quantize_blocks_stochastic = entry("quantize_blocks_stochastic")
 # What mse tries beside amax itself.
 _MSE_FACTORS = [2.0 ** (-step / 8) for step in range(1, 17)]
 _MSE_POWER_OF_TWO_FACTORS = [2.0, 0.5, 0.25]  # 2 because two of the rules clip
@@ -117,8 +116,7 @@ def quantize_blocks(
         format, granularity, options: as in :func:`compute_scale`.
 
     Returns:
-        A tensor of x's shape and dtype. Blocks are views of x; only where x ends in a smaller block, parts of the
-        result are put together by a copy.
+        A tensor of x's shape and dtype.
 
     Raises:
         TypeError, ValueError: as in :func:`compute_scale`.
@@ -131,6 +129,16 @@ def quantize_blocks(
     """
     scale_of = scaler(x, format, **options)
     bits = drawn_bits(x, rounding, random_bits, generator)
+    if options.get("method", "amax") == "amax" and not isinstance(granularity, PerTensor):
+        power_of_two, scale_format = options.get("power_of_two"), options.get("scale_format")
+        tensor_scale = None
+        if scale_format is not None:
+            scale_format = format_name(scale_format)
+            tensor_scale = scale_above(x, resolve(format), resolve(scale_format))
+        others = granularity.block(x), power_of_two, scale_format
+        if bits is None:
+            return _quantize_blocks(x, tensor_scale, format_name(format), saturation, rounding, *others)
+        return _quantize_blocks_stochastic(x, tensor_scale, bits, format_name(format), saturation, *others)
     if bits is not None and not (bits.dtype == SEED and has_whole_blocks(granularity, x)):  # bits are of x's elements
         scale = granularity.apply(scale_of, x.detach())
         return quantize(x, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
@@ -178,39 +186,6 @@ def scaler(
     return scale_of
 
 
-def as_scale(amax: Tensor, max_value: float) -> Tensor:
-    """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN.
-
-    It is small enough for max_value * scale to be finite, also as the product of two factors, rounded twice.
-    """
-    limits = torch.finfo(amax.dtype)
-    most = min(limits.max, limits.max * (1 - 2 * limits.eps) / max_value)
-    scale = divide(amax, amax.new_full((), max_value)).clamp(limits.smallest_normal, most)
-    return scale.masked_fill(amax == 0, 1.0).masked_fill(amax == math.inf, math.nan)
-
-
-def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
-    """The E8M0 scale of amax in its dtype, by the rules of OCP MX, on the bits of numbers (logarithms err)."""
-    integers, mantissa_bits, bias, smallest = _LAYOUTS[amax.dtype]
-    a, exponent = amax, math.frexp(format.max_representable_value)[1] - 1
-    if rule == "rceil":
-        a, exponent = divide(amax, amax.new_full((), format.max_representable_value)), 0
-    while exponent < 1:  # so that all subnormals of a, where an exponent says nothing, mean 2^-127
-        step = min(1 - exponent, 127)
-        a, exponent = a * 2.0**step, exponent + step
-    bits = a.view(integers)
-    if rule != "floor":  # a carry into the exponent
-        bits = bits + ((1 << mantissa_bits) - 1 if rule != "even" else 2 ** (mantissa_bits - 1 - format.mantissa_bits))
-    code = (_shifted(bits, -mantissa_bits) - exponent).clamp(max=bias + _E8M0_MAX_EXPONENT)
-    bits = _shifted(code, mantissa_bits).clamp(min=smallest)  # what a code below 1 becomes
-    return torch.where(amax.isnan(), math.nan, bits.view(amax.dtype))
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """bits << by, by its name, for the operators << and >> leave a DTensor as it is (torch 2.13)."""
-    return torch.bitwise_left_shift(bits, by) if by > 0 else torch.bitwise_right_shift(bits, -by)
-
-
 def _rounded_scale(
     x: Tensor, format: FP8Format, power_of_two: str | None, scale_format: FP8Format | str | None
 ) -> Callable[[Tensor], Tensor]:
@@ -222,13 +197,7 @@ def _rounded_scale(
         return lambda amax: as_scale(amax, max_value)
     f = resolve(scale_format)
     tensor_scale = scale_above(x, format, f)
-    smallest = f.smallest_normal or f.smallest_subnormal  # below it the rounding would clip
-
-    def to_scale(amax: Tensor) -> Tensor:
-        scale = quantize(divide(amax, amax.new_full((), max_value)), f, tensor_scale)
-        return scale.clamp(min=smallest * tensor_scale)
-
-    return to_scale
+    return lambda amax: block_level(amax, format, f, tensor_scale) * tensor_scale
 
 
 def scale_above(x: Tensor, format: FP8Format, scale_format: FP8Format) -> Tensor:

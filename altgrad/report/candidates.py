@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ops_registry.modes import POWER_OF_TWO_RULES
+
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerAxis, PerBlock, PerTensor
-from ..quantization.scaling import POWER_OF_TWO_RULES
 from ..simulation.recipes import Recipe, Rule
 
 # The block formats of OCP MX and NVIDIA, spelled out.

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ops_registry.arithmetic import divide
 from ops_registry.aten import split
+from ops_registry.scales import as_scale
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
@@ -24,7 +25,6 @@ from ..quantization.scaling import (
     _MSE_POWER_OF_TWO_FACTORS,
     _least_error,
     _rounded_scale,
-    as_scale,
 )
 from .hadamard import hadamard
 from .recipes import Rule

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
-from ops_registry.modes import ROUNDINGS, SATURATIONS
+from ops_registry.modes import POWER_OF_TWO_RULES, ROUNDINGS, SATURATIONS
 
 from ..quantization.formats import FP8Format, resolve
-from ..quantization.scaling import METHODS, POWER_OF_TWO_RULES
+from ..quantization.scaling import METHODS
 
 SOURCES = ("tensor", "forward")
 PRODUCTS = ("forward", "grad_input", "grad_weight")

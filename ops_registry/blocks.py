@@ -1,0 +1,104 @@
+"""Quantization by scales that are made of the blocks themselves, composed of the other operators.
+
+Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .arithmetic import compute_dtype
+from .checks import check_quantize_blocks
+from .formats import FP8Format, resolve
+from .modes import SEED
+from .philox import random_bits as bits_of
+from .scales import as_power_of_two, as_scale, block_level
+
+
+def quantize_blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    without_tensor_scale: bool = False,
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+) -> Tensor:
+    options = block, power_of_two, scale_format, headroom, without_tensor_scale, dtype
+    f = check_quantize_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits)
+    view, dims = blocked(x, block)
+    if random_bits is not None and (random_bits.dtype != SEED or view.numel() != x.numel()):
+        bits = bits_of(random_bits, x.shape) if random_bits.dtype == SEED else random_bits
+        random_bits, _ = blocked(bits, block)
+    largest = torch.ops.altgrad.amax(view, dims)
+    if headroom != 1:
+        largest = largest * headroom
+    divisor, multiplier = scales(largest, tensor_scale, f, power_of_two, scale_format, without_tensor_scale)
+    modes = (saturation, rounding) if random_bits is None else (saturation,)
+    tensors = (view, divisor) if random_bits is None else (view, divisor, random_bits)
+    twin = "" if random_bits is None else "_stochastic"
+    if multiplier is divisor and dtype in (None, x.dtype):
+        values = getattr(torch.ops.altgrad, f"quantize{twin}")(*tensors, format, *modes)
+    else:
+        project = getattr(torch.ops.altgrad, f"project{twin}")
+        values = (project(*tensors, format, *modes, compute_dtype(x.dtype)) * multiplier).to(dtype or x.dtype)
+    return unblocked(values, x, block)
+
+
+def scales(
+    largest: Tensor,
+    tensor_scale: Tensor | None,
+    format: FP8Format,
+    power_of_two: str | None,
+    scale_format: str | None,
+    without_tensor_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the elements of groups with these largest magnitudes are divided by, and what values are multiplied by."""
+    if tensor_scale is not None:
+        level = block_level(largest, format, resolve(scale_format), tensor_scale)
+        divisor = level * tensor_scale
+        return divisor, level if without_tensor_scale else divisor
+    if power_of_two is not None:
+        divisor = as_power_of_two(largest, format, power_of_two)
+    else:
+        divisor = as_scale(largest, format.max_representable_value)
+    return divisor, divisor
+
+
+def blocked(x: Tensor, block: list[int]) -> tuple[Tensor, list[int]]:
+    """A view of x in which each dimension of several blocks is two, and the dimensions that are within blocks.
+
+    Zeros fill the last blocks up: they change no largest magnitude.
+    """
+    padding = [side for size, b in zip(reversed(x.shape), reversed(block)) for side in (0, _missing(size, b))]
+    x = pad(x, padding) if any(padding) else x
+    dims = []
+    for dim in reversed(range(x.ndim)):
+        if _is_whole(x.shape[dim], block[dim]):
+            dims = [dim, *dims]
+        elif block[dim] != 1:
+            x = x.unflatten(dim, (-1, block[dim]))
+            dims = [dim + 1, *[d + 1 for d in dims]]
+    return (x, dims) if dims else (x.unsqueeze(-1), [x.ndim])  # to reductions no dimensions mean all
+
+
+def unblocked(values: Tensor, x: Tensor, block: list[int]) -> Tensor:
+    """Values of a view by :func:`blocked` in the shape of x."""
+    sizes = [size + _missing(size, b) for size, b in zip(x.shape, block)]
+    values = values.reshape(sizes)
+    for dim, size in enumerate(x.shape):
+        values = values if sizes[dim] is size else values.narrow(dim, 0, size)
+    return values
+
+
+def _is_whole(size: int, block: int) -> bool:
+    return block == -1 or (block != 1 and size <= block)
+
+
+def _missing(size: int, block: int) -> int:
+    return 0 if block == 1 or _is_whole(size, block) else -size % block

@@ -1,0 +1,141 @@
+"""quantize_blocks in Triton: one pass over x, in which a program finds the scales of its blocks and applies them.
+
+Steps: the largest magnitude, its scale, then those of cuda_kernels.py: divide, round, saturate, multiply. x is a matrix
+in memory, or a stack of them, with blocks of ``height`` times ``width``. A program takes ``high`` times ``wide`` blocks
+as a tensor of four dimensions, [high, height, wide, width], so that what is of a block, [high, 1, wide, 1], broadcasts.
+"""
+
+import triton
+import triton.language as tl
+
+from .cuda_kernels import project, quotient, with_sign_of
+
+_INTEGERS = ["rows", "columns", "tiles_down", "tiles_across", "step_out", "step_down", "step_across"]
+
+
+@triton.jit
+def as_scale(amax, max_value: tl.constexpr, most: tl.constexpr):
+    """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN."""
+    smallest: tl.constexpr = 2.0**-126
+    scale = tl.div_rn(amax, max_value + tl.zeros_like(amax))
+    scale = tl.where(scale < smallest, smallest, scale)
+    scale = tl.where(scale > most, most, scale)
+    scale = tl.where(amax == 0, 1.0, scale)
+    return tl.where(amax == float("inf"), float("nan"), scale)
+
+
+@triton.jit
+def as_power_of_two(amax, max_value: tl.constexpr, scaling: tl.constexpr):
+    """The E8M0 scale of amax as scales.py finds it; the factors make room for subnormals."""
+    a = amax
+    if scaling.by_quotient:
+        a = tl.div_rn(amax, max_value + tl.zeros_like(amax))
+    if scaling.factor != 1:
+        a = a * scaling.factor * scaling.second_factor
+    code = ((a.to(tl.int32, bitcast=True) + scaling.carry) >> 23) - scaling.exponent
+    bits = tl.maximum(tl.minimum(code, 254) << 23, 0x00400000)
+    return tl.where(amax != amax, float("nan"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def block_level(amax, tensor_scale, max_value: tl.constexpr, scale_format: tl.constexpr):
+    """The scale of a block in the scale format, which tensor_scale multiplies."""
+    top: tl.constexpr = scale_format.max_representable_value
+    smallest: tl.constexpr = scale_format.smallest_normal or scale_format.smallest_subnormal
+    scale = tl.div_rn(amax, max_value + tl.zeros_like(amax))
+    a, is_infinite, q = quotient(scale, tensor_scale + tl.zeros_like(amax), top, False, False)
+    level = project(a, is_infinite, q < 0, None, scale_format, "propagate", "nearest_ties_to_even")
+    return tl.where(level < smallest, smallest, level)
+
+
+@triton.jit
+def quotient_of(x, divisor, limit: tl.constexpr, format: tl.constexpr, rounding: tl.constexpr, is_power: tl.constexpr):
+    """(min(|x / divisor|, limit), whether the quotient is infinite, a number with its sign), as quotient gives them.
+
+    The product with the reciprocal of a power of two, which is a float32 number for each scale, is the quotient.
+    """
+    if is_power:
+        q = x * tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)
+        a = tl.abs(q)
+        return tl.where(a > limit, limit, a), a == float("inf"), q
+    else:
+        by_reciprocal: tl.constexpr = rounding == "nearest_ties_to_even" and format.quantum >= 2.0**-98
+        return quotient(x, divisor, limit, by_reciprocal, False)
+
+
+@triton.jit
+def random_of_blocks(random_ptr, i, at, mask, is_wide: tl.constexpr):
+    """The random numbers of elements in memory at i, the at-th ones in row-major order."""
+    if random_ptr.dtype.element_ty != tl.int64:
+        return tl.load(random_ptr + i, mask)
+    else:
+        block = at >> 2
+        low = block.to(tl.uint32)
+        high = (block >> 32).to(tl.uint32) if is_wide else low * 0
+        x0, x1, x2, x3 = tl.philox(tl.load(random_ptr), low, high, low * 0, low * 0)
+        is_odd = at % 2 == 1
+        words = tl.where(at % 4 < 2, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
+        return words.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def span(first, count: tl.constexpr, room: tl.constexpr, size: tl.constexpr, n, axis: tl.constexpr):
+    """(places, whether they exist) of count blocks from first on, in a dimension of n; a block has size of its room."""
+    block = tl.arange(0, count)
+    place = tl.arange(0, room)
+    if axis == 0:
+        block, place = block[:, None, None, None], place[None, :, None, None]
+    else:
+        block, place = block[None, None, :, None], place[None, None, None, :]
+    at = first * size + block * size + place
+    return at, (at < n) & (place < size)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def quantize_blocks_kernel(
+    x_ptr, tensor_scale_ptr, random_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
+    tiles_across: tl.int64, step_out: tl.int64, step_down: tl.int64, step_across: tl.int64, tile: tl.constexpr,
+    format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+    scaling: tl.constexpr,
+):  # fmt: skip
+    """One tile of blocks a program; the steps are those of the row-major index of x, which random numbers go by."""
+    index: tl.constexpr = tl.int64 if tile.is_wide else tl.int32
+    program = tl.program_id(0).to(index)
+    rows, columns = rows.to(index), columns.to(index)
+    if tile.is_aligned:
+        columns = tl.multiple_of(columns, 16)
+    across = program % tiles_across.to(index)
+    program = program // tiles_across.to(index)
+    down, matrix = program % tiles_down.to(index), program // tiles_down.to(index)
+    row, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
+    column, column_exists = span(across * tile.wide, tile.wide, tile.width_room, tile.width, columns, 1)
+    i = (matrix * rows + row) * columns + column
+    mask = None if tile.is_full else row_exists & column_exists
+    x = tl.load(x_ptr + i, mask, 0.0) if mask is not None else tl.load(x_ptr + i)
+    x = x.to(tl.float32)
+    random = None
+    if rounding == "stochastic":
+        at = matrix * step_out.to(index) + row * step_down.to(index) + column * step_across.to(index)
+        random = random_of_blocks(random_ptr, i, at, mask, tile.is_wide)
+    # Magnitudes are ordered as their bits are, NaN behind infinity.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    amax = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+    if scaling.headroom != 1:
+        amax = amax * scaling.headroom
+    max_value: tl.constexpr = format.max_representable_value
+    if scale_format is not None:
+        tensor_scale = tl.load(tensor_scale_ptr)
+        level = block_level(amax, tensor_scale, max_value, scale_format)
+        divisor = level * tensor_scale
+        multiplier = level if scaling.without_tensor_scale else divisor
+    else:
+        divisor = (
+            as_power_of_two(amax, max_value, scaling) if scaling.is_power else as_scale(amax, max_value, scaling.most)
+        )
+        multiplier = divisor
+    overflows: tl.constexpr = saturation == "none" and format.has_nan
+    limit: tl.constexpr = format.overflow_value if overflows else max_value
+    a, is_infinite, q = quotient_of(x, divisor, limit, format, rounding, scaling.is_power)
+    r = project(a, is_infinite, q < 0, random, format, saturation, rounding)
+    y = (with_sign_of(r, q, format) * multiplier).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + i, y, mask)

@@ -1,0 +1,134 @@
+"""Blocks of x as they lie in memory, matrices of rows and columns, and those that a program of cuda_blocks.py takes."""
+
+import math
+import struct
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from .formats import FP8Format
+
+Size = tuple[int, ...]
+
+TILE = 4096  # elements of a program, where its blocks are not larger
+MAX_BLOCK = 16384  # the largest block, of sizes that are powers of two, that a program holds
+ACROSS = 128  # columns of a tile of several rows
+_LARGEST = (2.0 - 2.0**-23) * 2.0**127
+_NARROW = 2**30  # elements; with more, offsets are of 64 bits
+
+
+class Matrices(NamedTuple):
+    """Matrices that lie behind each other, in blocks of height times width.
+
+    steps: how far an element is from the one in the matrix before, in the row above and to the left, in row-major order
+    of x. Where no one counts, they are 0.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    height: int
+    width: int
+    steps: Size
+
+
+class Tile(NamedTuple):
+    """high times wide blocks of height times width; rooms are powers of two. is_full: no tile has less than that."""
+
+    high: int
+    height: int
+    height_room: int
+    wide: int
+    width: int
+    width_room: int
+    is_full: bool
+    is_aligned: bool
+    is_wide: bool
+
+
+class Scaling(NamedTuple):
+    """How a scale follows from the largest magnitude, in the numbers of scales.py."""
+
+    headroom: float
+    without_tensor_scale: bool
+    most: float
+    is_power: bool
+    by_quotient: bool
+    factor: float
+    second_factor: float
+    carry: int
+    exponent: int
+
+
+class Tiling(NamedTuple):
+    programs: int
+    integers: Size
+    tile: Tile
+    options: dict[str, Any]
+
+
+def matrices_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Matrices | None:
+    """Dense strides in memory order, dimensions joined where blocks allow it; None where three are not enough."""
+    order = sorted((dim for dim, size in enumerate(shape) if size > 1), key=strides.__getitem__)
+    joined: list[tuple[int, int, int]] = []  # size, that of a block, step; the innermost first
+    for dim in order:
+        size, step = shape[dim], math.prod(shape[dim + 1 :]) if is_counted else 0
+        own = size if block[dim] == -1 else min(size, block[dim])
+        if joined:
+            inner, of_inner, inner_step = joined[-1]
+            is_line = step == inner_step * inner
+            if is_line and (of_inner == inner or (own == 1 and inner % of_inner == 0)):
+                joined[-1] = inner * size, own * inner if of_inner == inner else of_inner, inner_step
+                continue
+        joined.append((size, own, step))
+    if len(joined) > 3 or (len(joined) == 3 and joined[2][1] != 1):
+        return None
+    (columns, width, across), (rows, height, down), (count, _, out) = [*joined, *[(1, 1, 0)] * (3 - len(joined))]
+    return Matrices(count, rows, columns, height, width, (out, down, across))
+
+
+@lru_cache(maxsize=4096)
+def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tiling | None:
+    """How programs share dense matrices; None where a block is too large, or scattered."""
+    m = matrices_of(shape, strides, block, is_counted)
+    if m is None:
+        return None
+    height_room, width_room = _power_of_two(m.height), _power_of_two(m.width)
+    if height_room * width_room > MAX_BLOCK:
+        return None
+    across, down = -(-m.columns // m.width), -(-m.rows // m.height)
+    columns = TILE if m.height == 1 else ACROSS
+    wide = max(1, min(_power_of_two(across), columns // width_room))
+    high = max(1, min(_power_of_two(down), TILE // (height_room * width_room * wide)))
+    is_full = m.rows % (high * m.height) == 0 and m.columns % (wide * m.width) == 0
+    is_full = is_full and (height_room, width_room) == (m.height, m.width)
+    n = math.prod(shape)
+    tile = Tile(high, m.height, height_room, wide, m.width, width_room, is_full, m.columns % 16 == 0, n > _NARROW)
+    tiles_down, tiles_across = -(-down // high), -(-across // wide)
+    elements = high * height_room * wide * width_room
+    options = {"num_warps": max(1, min(16, elements // 1024))}
+    programs = m.count * tiles_down * tiles_across if n else 0
+    return Tiling(programs, (m.rows, m.columns, tiles_down, tiles_across, *m.steps), tile, options)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def fits_blocks(format: FP8Format, scale_format: FP8Format | None) -> bool:
+    """Whether float32 has room for the arithmetic of both, and the values have a sign."""
+    narrow = not format.needs_float64 and format.is_signed
+    return narrow and (scale_format is None or (not scale_format.needs_float64 and scale_format.has_zero))
+
+
+def scaling_of(format: FP8Format, power_of_two: str | None, headroom: float, without_tensor_scale: bool) -> Scaling:
+    by_quotient = power_of_two == "rceil"
+    up = (1 << 23) - 1
+    carry = {"ceil": up, "rceil": up, "even": 1 << max(0, 22 - format.mantissa_bits)}.get(power_of_two or "", 0)
+    exponent = 0 if by_quotient else math.frexp(format.max_representable_value)[1] - 1
+    missing = max(0, 1 - exponent)
+    factors = 2.0 ** min(127, missing), 2.0 ** max(0, missing - 127)
+    most = min(_LARGEST, _LARGEST * (1 - 2.0**-22) / format.max_representable_value)
+    most = struct.unpack("f", struct.pack("f", most))[0]  # rounded to float32
+    return Scaling(
+        headroom, without_tensor_scale, most, power_of_two is not None, by_quotient, *factors, carry, exponent + missing
+    )

@@ -1,0 +1,328 @@
+"""The operator quantize_blocks: the bits of the definition, by the formula and by every kernel.
+
+Tests named ``interpreted`` run the Triton kernel on the CPU, in the process that ``test_interpreter`` starts.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DTYPES, assert_same_bits, random_bit_patterns, reference_quantize
+
+from altgrad.quantization import PerAxis, PerBlock, PerTensor, compute_scale, resolve
+from altgrad.quantization.scaling import scale_above
+from ops_registry import aten, cuda, tiles
+from ops_registry.modes import DETERMINISTIC_ROUNDINGS, POWER_OF_TWO_RULES, SATURATIONS
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
+kernels = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow in the interpreted kernel
+NEAREST = "propagate", "nearest_ties_to_even"
+FORMATS = [resolve(name) for name in ("E4M3", "E2M1", "E5M2", "E0M7", "E7M0", "E4M3FNUZ", "e3m2b-60f", "e2m2b100f")]
+SCALINGS = [
+    {},
+    *({"power_of_two": rule} for rule in POWER_OF_TWO_RULES),
+    *({"scale_format": name} for name in ("E4M3", "UE4M3", "E5M2", "E0M7")),
+]
+# shape -> block: of rows, of columns, of both; whole, uneven and larger dimensions, and those that join in memory.
+BLOCKS = [
+    ((4, 64), (1, 32)),
+    ((3, 40), (1, 16)),
+    ((5, 7, 64), (1, 1, 32)),
+    ((37,), (5,)),
+    ((4, 3000), (1, -1)),
+    ((2, 3, 50), (1, -1, -1)),
+    ((64, 48), (32, 1)),
+    ((70, 33), (16, 1)),
+    ((2, 50, 24), (1, 16, 1)),
+    ((2, 64, 24), (1, 32, 1)),
+    ((32, 48), (16, 16)),
+    ((50, 70), (16, 16)),
+    ((7, 5, 9), (1, 3, 4)),
+    ((300, 200), (128, 128)),
+    ((6, 8), (1, 1)),
+    ((6, 1, 8), (4, 4, 100)),
+    ((0, 8), (1, 4)),
+    ((), ()),
+    ((3, 4, 5, 6), (2, 3, 1, 4)),
+]
+
+
+def samples(shape, seed=0):
+    """Numbers of many magnitudes: each row of its own, rows of zeros, of subnormals, with NaN, infinity, all bits."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if x.ndim < 2 or x.numel() == 0:
+        return x
+    rows = x.view(-1, x.shape[-1])
+    rows *= 2.0 ** torch.randint(-20, 20, (len(rows), 1), generator=generator)
+    for row, factor in zip(rows, (1.0, 0.0, 2.0**-130, -0.0, 2.0**126)):
+        row *= factor
+    if len(rows) > 8:
+        rows[5, -1], rows[6, 0] = torch.nan, torch.inf
+        rows[7] = random_bit_patterns(rows.shape[1], seed)
+    return x
+
+
+def granularity_of(block):
+    if not block:
+        return PerTensor()
+    if -1 in block:
+        return PerAxis(tuple(dim for dim, size in enumerate(block) if size == 1))
+    return PerBlock(dict(enumerate(block)))
+
+
+def want(x, f, block, saturation, rounding, random_bits=None, **scaling):
+    """The definition: the projection of tests/reference.py by the scales of compute_scale."""
+    scale = compute_scale(x, f, granularity=granularity_of(block), **scaling)
+    others = () if random_bits is None else (random_bits.numpy(), 24)
+    return reference_quantize(f, x, scale, saturation, rounding, *others)
+
+
+def arguments(x, f, block, saturation, rounding, power_of_two=None, scale_format=None):
+    g = None if scale_format is None else resolve(scale_format)
+    tensor_scale = None if g is None else scale_above(x, f, g)
+    return x, tensor_scale, f.name, saturation, rounding, list(block), power_of_two, scale_format
+
+
+def laid_out(x):
+    """x contiguous, transposed, sliced and expanded, each with the same shape."""
+    yield x
+    if x.ndim > 1:
+        yield x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        yield x.movedim(0, -1).contiguous().movedim(-1, 0)
+        yield torch.stack([x, x], -1)[..., 0]
+        yield x[:1].expand(x.shape)
+
+
+def check_blocks(op, shape, block, device):
+    """Every layout, with scales of each kind in turn."""
+    for i, x in enumerate(laid_out(samples(shape))):
+        for scaling in (SCALINGS[i % 5], SCALINGS[5 + i % 4]):
+            f = FORMATS[i % 3]
+            got = op(*on(device, arguments(x, f, block, *NEAREST, **scaling)))
+            assert_same_bits(got, want(x, f, block, *NEAREST, **scaling), x)
+            assert got.stride() == torch.empty_like(x).stride()
+
+
+def check_modes(op, f, device):
+    """Every rounding and saturation, and every rule of the scale."""
+    x = samples((24, 64), seed=1)
+    for i, scaling in enumerate(SCALINGS):
+        for rounding in DETERMINISTIC_ROUNDINGS if i in (0, 1, 5) else NEAREST[1:]:
+            for saturation in SATURATIONS:
+                got = op(*on(device, arguments(x, f, (1, 16), saturation, rounding, **scaling)))
+                assert_same_bits(got, want(x, f, (1, 16), saturation, rounding, **scaling), x)
+
+
+def check_random_bits(op, shape, block, device):
+    """Given bits, and those of a seed, which go by the row-major order of elements whatever the layout."""
+    seed, f = torch.tensor(0x123456789ABCDEF), resolve("E2M1")
+    for x in laid_out(samples(shape)):
+        bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
+        of_seed = aten.bits_of(seed, x.shape) & 0xFFFFFF
+        for given, expected in ((bits, bits), (seed, of_seed)):
+            for scaling in ({"scale_format": "E4M3"}, {"power_of_two": "floor"}):
+                args = list(arguments(x, f, block, "finite", "stochastic", **scaling))
+                args[2:5] = given, f.name, "finite"
+                got = op(*on(device, args))
+                assert_same_bits(got, want(x, f, block, "finite", "stochastic", expected, **scaling), x)
+
+
+def check_results(op, dtype, device):
+    """Other dtypes in and out, headroom, and values without the scale of the tensor, against the formula."""
+    x = samples((24, 64), seed=2).to(dtype)
+    if INTERPRETS:  # its casts to bfloat16 truncate, those from it flush subnormals
+        x = x.float().masked_fill(x.abs() < 1e-30, 0).to(dtype)
+    for out in [torch.float64] if dtype == torch.float64 else [torch.float32] if INTERPRETS else DTYPES[:3]:
+        for block in ((1, 16), (8, 1), (8, 8)):
+            for scaling in ({}, {"power_of_two": "even"}, {"scale_format": "E4M3"}):
+                args = arguments(x, resolve("E2M1"), block, *NEAREST, **scaling)
+                for others in ((1.0625, False, out), (1.0, True, out)):
+                    got = op(*on(device, (*args, *others)))
+                    assert got.dtype == out
+                    assert_same_bits(got, aten.KERNELS["quantize_blocks"](*args, *others), x)
+
+
+def on(device, args):
+    return [a.to(device) if isinstance(a, torch.Tensor) and a.is_contiguous() else move(a, device) for a in args]
+
+
+def move(a, device):
+    """A tensor on a device with its strides."""
+    if not isinstance(a, torch.Tensor) or device == "cpu":
+        return a
+    storage = a.as_strided((a.untyped_storage().nbytes() // a.element_size(),), (1,), 0).to(device)
+    return storage.as_strided(a.shape, a.stride(), a.storage_offset())
+
+
+@pytest.fixture(params=["formula", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request):
+    """(operator, its stochastic twin, device)"""
+    if request.param == "formula":
+        return aten.KERNELS["quantize_blocks"], aten.KERNELS["quantize_blocks_stochastic"], "cpu"
+    return torch.ops.altgrad.quantize_blocks, torch.ops.altgrad.quantize_blocks_stochastic, request.param
+
+
+@pytest.mark.parametrize(("shape", "block"), BLOCKS, ids=str)
+def test_blocks(shape, block, implementation):
+    check_blocks(implementation[0], shape, block, implementation[2])
+
+
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_modes(f, implementation):
+    check_modes(implementation[0], f, implementation[2])
+
+
+@pytest.mark.parametrize(("shape", "block"), BLOCKS[::2], ids=str)
+def test_random_bits(shape, block, implementation):
+    check_random_bits(implementation[1], shape, block, implementation[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results(dtype, implementation):
+    check_results(implementation[0], dtype, implementation[2])
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(triton is None or INTERPRETS, reason="needs triton")
+@pytest.mark.skipif(
+    triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason="the interpreter of older versions rounds a fused multiply-add twice",
+)
+def test_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout, run.stdout
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The kernel, which must serve: the formula is not called."""
+
+    def refuse(*args):
+        pytest.fail("the formula served")
+
+    monkeypatch.setattr(cuda.blocks, "quantize_blocks", refuse)
+
+
+@interpreted
+@kernels
+@pytest.mark.parametrize(("shape", "block"), [b for b in BLOCKS if sum(size > 1 for size in b[1]) < 2], ids=str)
+def test_interpreted_lines(shape, block, served):
+    check_blocks(cuda.KERNELS["quantize_blocks"], shape, block, "cpu")
+
+
+@interpreted
+@kernels
+@pytest.mark.parametrize(("shape", "block"), [b for b in BLOCKS if sum(size > 1 for size in b[1]) >= 2], ids=str)
+def test_interpreted_blocks(shape, block):
+    check_blocks(cuda.KERNELS["quantize_blocks"], shape, block, "cpu")
+
+
+@interpreted
+@kernels
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_interpreted_modes(f, served):
+    check_modes(cuda.KERNELS["quantize_blocks"], f, "cpu")
+
+
+@interpreted
+@kernels
+@pytest.mark.parametrize(("shape", "block"), BLOCKS[:11:2], ids=str)
+def test_interpreted_random_bits(shape, block):
+    check_random_bits(cuda.KERNELS["quantize_blocks_stochastic"], shape, block, "cpu")
+
+
+@interpreted
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_interpreted_results(dtype):
+    check_results(cuda.KERNELS["quantize_blocks"], dtype, "cpu")
+
+
+def test_what_the_kernels_serve():
+    strides = lambda *shape: torch.empty(shape, device="meta").stride()  # noqa: E731
+    for shape, block, is_served in (
+        ((4096, 768), (1, 32), True),
+        ((4096, 768), (32, 1), True),
+        ((4096, 768), (128, 128), True),
+        ((4096, 768), (1, -1), True),
+        ((4096, 16384), (1, -1), True),
+        ((4096, 16385), (1, -1), False),
+        ((4096, 768), (-1, 1), True),
+        ((32768, 768), (-1, 1), False),
+        ((3, 4, 5, 6), (2, 3, 1, 4), False),
+    ):
+        assert (tiles.tiling_of(shape, strides(*shape), block, False) is not None) == is_served, (shape, block)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({5: [2]}, ValueError, "block must have .* for each of the 2 dimensions of x, got"),
+        ({5: [1, 0]}, ValueError, "block must have a positive size, or -1"),
+        ({6: "up"}, ValueError, "power_of_two must be one of floor, ceil, even, rceil or None, got 'up'"),
+        ({6: "floor", 7: "E4M3"}, ValueError, "both round the scale"),
+        ({7: "E4M3"}, ValueError, "give both of them or neither"),
+        ({1: torch.ones(())}, ValueError, "give both of them or neither"),
+        ({1: torch.ones(()), 7: "E9M9"}, ValueError, "unknown format"),
+        ({1: torch.ones(2, 1), 7: "E4M3"}, ValueError, "0-d tensor of torch.float32, got 2 dimensions"),
+        ({1: torch.ones((), dtype=torch.float64), 7: "E4M3"}, ValueError, "got 0 dimensions of torch.float64"),
+        ({8: 0.0}, ValueError, "headroom must be positive and finite, got 0.0"),
+        ({10: torch.float64}, TypeError, "dtype must be float64 for float64 x"),
+        ({2: "E9M9"}, ValueError, "unknown format"),
+        ({3: "wrap"}, ValueError, "saturation must be one of"),
+        ({4: "stochastic"}, ValueError, "needs random_bits"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_input(change, error, message, device):
+    args = [torch.ones(2, 4), None, "E4M3", *NEAREST, [1, 2], None, None, 1.0, False, None]
+    for place, value in change.items():
+        args[place] = value
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    with pytest.raises(error, match=message):
+        torch.ops.altgrad.quantize_blocks(*args)
+
+
+def test_gradients():
+    x, grad = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    tensor_scale = torch.tensor(0.37)
+    for without, wanted in ((False, grad), (True, grad / tensor_scale)):
+        args = x, tensor_scale, "E2M1", *NEAREST, [1, 4], None, "E4M3", 1.0, without
+        y = torch.ops.altgrad.quantize_blocks(*args)
+        assert_same_bits(torch.autograd.grad(y, x, grad)[0], wanted)
+        _, tangent = torch.func.jvp(lambda x, args=args: torch.ops.altgrad.quantize_blocks(x, *args[1:]), (x,), (grad,))
+        assert_same_bits(tangent, wanted)
+    y = torch.ops.altgrad.quantize_blocks(x.bfloat16(), None, "E2M1", *NEAREST, [1, 4], None, None, 1.0, False, x.dtype)
+    assert_same_bits(torch.autograd.grad(y, x, grad.bfloat16().float())[0], grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("scale_dim", [None, 0])
+def test_vmap(scale_dim):
+    x, scales = torch.randn(3, 4, 8), torch.tensor([0.1, 1.0, 10.0])
+    scale = scales[0] if scale_dim is None else scales
+    bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
+    seeds = torch.arange(3)
+
+    def f(x, scale):
+        return torch.ops.altgrad.quantize_blocks(x, scale, "E2M1", *NEAREST, [2, 4], None, "E4M3")
+
+    def drawn(x, scale, bits):
+        return torch.ops.altgrad.quantize_blocks_stochastic(x, scale, bits, "E2M1", "finite", [2, 4], None, "E4M3")
+
+    of = lambda i: scale if scale_dim is None else scale[i]  # noqa: E731
+    assert_same_bits(torch.vmap(f, (0, scale_dim))(x, scale), torch.stack([f(x[i], of(i)) for i in range(3)]))
+    for given, dim in ((bits, 0), (seeds, 0), (seeds[1], None)):
+        got = torch.vmap(drawn, (0, scale_dim, dim))(x, scale, given)
+        one_by_one = [drawn(x[i], of(i), given if dim is None else given[i]) for i in range(3)]
+        assert_same_bits(got, torch.stack(one_by_one))
