@@ -57,7 +57,7 @@ def quantize(x, rule, seed=None, scale=None):
     padded = np.pad(x, [(0, -size % block if block else 0) for size, block in zip(x.shape, (rows, columns))])
     random = np.zeros(padded.shape, np.int64)
     if rule.rounding == "stochastic":
-        random = reference.random_words(int(seed), padded.size).reshape(padded.shape) % 2**24
+        random[: x.shape[0], : x.shape[1]] = reference.random_words(int(seed), x.size).reshape(x.shape) % 2**24
     result = np.zeros(padded.shape)
     tensor_amax = np.abs(x).max(initial=0) * np.float32(rule.headroom)
     for i in range(0, padded.shape[0], rows):

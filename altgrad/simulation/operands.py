@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ops_registry.arithmetic import divide
 from ops_registry.aten import split
-from ops_registry.scales import as_scale
+from ops_registry.blocks import blocked, unblocked
+from ops_registry.philox import random_bits
+from ops_registry.scales import as_scale, block_level
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
@@ -72,21 +73,50 @@ def quantize_operand(
         x = hadamard(x)
     if rule is None or rule.format is None:
         return Operand(x)
-    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16:
+    in_blocks = is_of_blocks(rule)
+    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and not (in_blocks and x.is_cuda):
         x = rounded_to_bfloat16(x)
         # The product is one of float32 numbers there, and Inductor's C++ fails on two blocked operands of 16 bits.
         dtype = torch.float32 if x.device.type == "cpu" else dtype
     f = resolve(rule.format)
-    view, dims = grouped(x, rule)
-    scales = find_scales(view, dims, rule, f, state)
     bits = state.seed if rule.is_stochastic else None
+    if in_blocks:
+        return quantize_in_blocks(x, rule, f, bits, dtype)
+    block = block_of(rule, x)
+    view, dims = blocked(x, block)
+    if bits is not None and view.numel() != x.numel():
+        bits, _ = blocked(random_bits(bits, x.shape), block)
+    scales = find_scales(view, tuple(dims), rule, f, state)
     if scales.inner is scales.divisor and x.dtype == dtype:
         values = quantize(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
     else:
         values = projected(view, scales.divisor, f, rule, dtype, bits)
         if scales.inner is not None:
             values = values * scales.inner.to(dtype)
-    return Operand(ungrouped(values, x, rule), scales.outer)
+    return Operand(unblocked(values, x, block), scales.outer)
+
+
+def is_of_blocks(rule: Rule) -> bool:
+    """Whether an operator finds the scales and applies them: of amax, rounded or for parts of the contraction."""
+    is_current = rule.method == "amax" and rule.scale is None and not rule.history
+    is_rounded = rule.power_of_two is not None or rule.scale_format is not None
+    return is_current and rule.per != "tensor" and (is_rounded or rule.per != "row")
+
+
+def quantize_in_blocks(x: Tensor, rule: Rule, f: FP8Format, bits: Tensor | None, dtype: torch.dtype) -> Operand:
+    """The operand by one operator; its scale is that of the whole tensor, where scales have a format of their own."""
+    outer = None
+    if rule.scale_format is not None:
+        largest = PerTensor().apply(amax, x)
+        largest = largest if rule.headroom == 1 else largest * rule.headroom
+        top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
+        outer = as_scale(largest, top).reshape(())
+    options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, True, dtype
+    if bits is None:
+        op = torch.ops.altgrad.quantize_blocks
+        return Operand(op(x, outer, f.name, rule.saturation, rule.rounding, *options), outer)
+    op = torch.ops.altgrad.quantize_blocks_stochastic
+    return Operand(op(x, outer, bits, f.name, rule.saturation, *options), outer)
 
 
 def rounded_to_bfloat16(x: Tensor) -> Tensor:
@@ -114,33 +144,15 @@ def operand_dtype(dtype: torch.dtype, rule: Rule | None) -> torch.dtype:
     return torch.bfloat16 if bits <= BFLOAT16_BITS else torch.float32
 
 
-def grouped(x: Tensor, rule: Rule) -> tuple[Tensor, tuple[int, ...]]:
-    """x as a view whose elements along dims share a scale; zeros fill the last blocks up."""
+def block_of(rule: Rule, x: Tensor) -> list[int]:
+    """The size of what shares a scale in each dimension, -1 for all of it."""
     if rule.per == "tensor":
-        return x, tuple(range(x.ndim))
-    if rule.per == "row":
-        return x, (x.ndim - 1,)
-    rows, columns = rule.block
-    missing_rows, missing_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
-    if missing_rows or missing_columns:
-        x = pad(x, (0, missing_columns, 0, missing_rows))
-    x = x.unflatten(-1, (-1, columns)) if x.shape[-1] else x.unsqueeze(-1)
-    if rows == 1:
-        return x, (x.ndim - 1,)
-    return x.unflatten(-3, (-1, rows)), (x.ndim - 2, x.ndim)
-
-
-def ungrouped(values: Tensor, x: Tensor, rule: Rule) -> Tensor:
-    """Values of a view by :func:`grouped` in the shape of x."""
-    if rule.per in ("tensor", "row"):
-        return values
-    if rule.block[0] > 1:
-        values = values.flatten(-4, -3)
-    return values.flatten(-2)[..., : x.shape[-2], : x.shape[-1]]
+        return [-1] * x.ndim
+    return [*[1] * (x.ndim - 2), *((1, -1) if rule.per == "row" else rule.block)]
 
 
 def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, state: State) -> Scales:
-    """The scales of a view by :func:`grouped`; as :func:`altgrad.quantization.compute_scale` finds them."""
+    """The scales of a view in blocks; as :func:`altgrad.quantization.compute_scale` finds them."""
     if rule.scale is not None:
         fixed = torch.full((), rule.scale, device=view.device)
         return Scales(fixed, None, None if rule.scale == 1 else fixed)
@@ -173,16 +185,10 @@ def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
     top = f.max_representable_value
     largest = PerTensor().apply(amax, view if rule.method == "percentile" else statistic)
     outer = as_scale(largest, top * g.max_representable_value).reshape(())
-    smallest = g.smallest_normal or g.smallest_subnormal
-
-    def level(statistic: Tensor) -> Tensor:
-        scale = divide(statistic, statistic.new_full((), top))
-        return quantize(divide(scale, outer), g).clamp(min=smallest)
-
     if rule.method != "mse":
-        inner = level(statistic)
+        inner = block_level(statistic, f, g, outer)
         return Scales(inner * outer, inner, outer)
-    divisor = _scale_of(view, dims, rule, f, statistic, lambda statistic: level(statistic) * outer)
+    divisor = _scale_of(view, dims, rule, f, statistic, lambda largest: block_level(largest, f, g, outer) * outer)
     return Scales(divisor, quantize(divide(divisor, outer), g), outer)  # the rounded scale again, exactly
 
 
