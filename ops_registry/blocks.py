@@ -77,7 +77,7 @@ def blocked(x: Tensor, block: list[int]) -> tuple[Tensor, list[int]]:
     """
     padding = [side for size, b in zip(reversed(x.shape), reversed(block)) for side in (0, _missing(size, b))]
     x = pad(x, padding) if any(padding) else x
-    dims = []
+    dims: list[int] = []
     for dim in reversed(range(x.ndim)):
         if _is_whole(x.shape[dim], block[dim]):
             dims = [dim, *dims]

@@ -14,12 +14,12 @@ _INTEGERS = ["rows", "columns", "tiles_down", "tiles_across", "step_out", "step_
 
 
 @triton.jit
-def as_scale(amax, max_value: tl.constexpr, most: tl.constexpr):
+def as_scale(amax, max_value: tl.constexpr, scaling: tl.constexpr):
     """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN."""
     smallest: tl.constexpr = 2.0**-126
     scale = tl.div_rn(amax, max_value + tl.zeros_like(amax))
     scale = tl.where(scale < smallest, smallest, scale)
-    scale = tl.where(scale > most, most, scale)
+    scale = tl.where(scale > scaling.most, scaling.most, scale)
     scale = tl.where(amax == 0, 1.0, scale)
     return tl.where(amax == float("inf"), float("nan"), scale)
 
@@ -129,9 +129,7 @@ def quantize_blocks_kernel(
         divisor = level * tensor_scale
         multiplier = level if scaling.without_tensor_scale else divisor
     else:
-        divisor = (
-            as_power_of_two(amax, max_value, scaling) if scaling.is_power else as_scale(amax, max_value, scaling.most)
-        )
+        divisor = as_power_of_two(amax, max_value, scaling) if scaling.is_power else as_scale(amax, max_value, scaling)
         multiplier = divisor
     overflows: tl.constexpr = saturation == "none" and format.has_nan
     limit: tl.constexpr = format.overflow_value if overflows else max_value

@@ -23,7 +23,7 @@ class Matrices(NamedTuple):
     of x. Where no one counts, they are 0.
     """
 
-    count: int
+    stack: int
     rows: int
     columns: int
     height: int
@@ -82,8 +82,8 @@ def matrices_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Ma
         joined.append((size, own, step))
     if len(joined) > 3 or (len(joined) == 3 and joined[2][1] != 1):
         return None
-    (columns, width, across), (rows, height, down), (count, _, out) = [*joined, *[(1, 1, 0)] * (3 - len(joined))]
-    return Matrices(count, rows, columns, height, width, (out, down, across))
+    (columns, width, across), (rows, height, down), (stack, _, out) = [*joined, *[(1, 1, 0)] * (3 - len(joined))]
+    return Matrices(stack, rows, columns, height, width, (out, down, across))
 
 
 @lru_cache(maxsize=4096)
@@ -106,7 +106,7 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
     options = {"num_warps": max(1, min(16, elements // 1024))}
-    programs = m.count * tiles_down * tiles_across if n else 0
+    programs = m.stack * tiles_down * tiles_across if n else 0
     return Tiling(programs, (m.rows, m.columns, tiles_down, tiles_across, *m.steps), tile, options)
 
 
