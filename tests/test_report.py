@@ -9,7 +9,8 @@ import torch
 
 from altgrad.quantization import compute_scale, quantization_stats
 from altgrad.report import DEFAULT, Report, candidate, report_weights
-from altgrad.report.tally import PART
+from altgrad.report import weights as weights_module
+from altgrad.report.tally import PART, one_scale
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -67,6 +68,34 @@ def test_scores_are_those_computed_by_hand(tmp_path, suffix):
     report = report_weights(path, CANDIDATES)
     assert {layer.name for layer in report.layers} == set(tensors)
     assert_as_by_hand(report, tensors)
+
+
+def test_scores_by_value_are_those_computed_by_hand(tmp_path, monkeypatch):
+    """Tensors of 16 bits of any size, block after block by the scale that it has."""
+    monkeypatch.setattr(weights_module, "_BY_VALUE", -1)
+    monkeypatch.setattr(weights_module, "_BY_SCALE_AND_VALUE", -1)
+    seen = []
+    monkeypatch.setattr(weights_module, "one_scale", lambda *args: seen.append(args) or one_scale(*args))
+    tensors = {
+        f"{name}.{dtype}": x.to(dtype) for name, x in weights(1).items() for dtype in (torch.float16, torch.bfloat16)
+    }
+    tensors = {name: x for name, x in tensors.items() if x.isfinite().all()}
+    assert len(tensors) == 19  # the wide one is beyond float16
+    torch.save(tensors, tmp_path / "a.pt")
+    names = [*CANDIDATES, "E4M3@row/floor", "E2M1@2x16/floor", "e2m2b100f@32/floor"]
+    assert_as_by_hand(report_weights(tmp_path / "a.pt", names), tensors)
+    floors = [candidate(name) for name in names if candidate(name).rule.power_of_two == "floor"]
+    groups = {c: sum(args[1] == c for args in seen) for c in floors}
+    assert len(floors) == 9 and min(groups.values()) > 2 * len(tensors)  # several scales a tensor
+
+
+def test_what_a_scale_at_the_end_of_its_range_clips(tmp_path):
+    """A scale that would be above 2^127: of E8M0, or a float32 number."""
+    x = torch.tensor([[4.0, 1.0, -0.5, 3e-38]])
+    torch.save([x], tmp_path / "a.pt")
+    report = report_weights(tmp_path / "a.pt", ["e0m7b126f@32/rceil", "e0m7b126f", "e0m7b126f@row"])
+    assert_as_by_hand(report, {"0": x})
+    assert report.layers[0].scores["e0m7b126f@32/rceil"].clipped > 0
 
 
 def test_a_layer_counts_its_values(tmp_path):

@@ -21,7 +21,7 @@ from ..simulation.model import _check_layer, _close_fast_paths, _open_fast_paths
 from ..simulation.watch import recorders
 from .candidates import DEFAULT, Candidate, candidates
 from .results import Layer, LeftOut, Report
-from .tally import Signal, Tally, add, empty_tally, parts, scale_function
+from .tally import Signal, Tally, add, empty_tally, largest_of, parts, scale_function
 
 OPERANDS = ("forward.x", "forward.w", "grad_input.dy", "grad_input.w", "grad_weight.dy", "grad_weight.x")
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -111,15 +111,16 @@ class _Operand:
         x = x.detach()
         if x.ndim > 2 and all(isinstance(c.rule.per, str) or c.rule.block[0] == 1 for c in chosen):
             x, weight = x.flatten(0, -2), None if weight is None else weight.flatten(0, -2)
-        functions = [scale_function(x, c) for c in chosen]
+        largest = largest_of(x)
+        functions = [scale_function(largest, c) for c in chosen]
         stack, weights = x.reshape(-1, *x.shape[-2:]), None if weight is None else weight.reshape(-1, *x.shape[-2:])
         for index, matrix in enumerate(stack):
             shares = None if weights is None else parts(weights[index], chosen)
             for part in parts(matrix, chosen):
                 self.signal.add(part)
-                share = None if shares is None else next(shares)
+                share, wide = None if shares is None else next(shares), part.double()
                 for tally, c, scale_of in zip(self.tallies, chosen, functions):
-                    add(tally, part, c, scale_of, share)
+                    add(tally, part, wide, c, scale_of, share)
         for i, c in enumerate(chosen):
             self.bits[i] += x.numel() * c.bits(x.numel() // x.shape[-1], x.shape[-1])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ops_registry.arithmetic import divide
 
 from ..quantization.formats import FP8Format
+from ..quantization.granularity import PerAxis, PerBlock, PerTensor
 from ..quantization.magnitudes import amax
 from ..quantization.ops import encode, quantize
 from ..quantization.scaling import scaler
@@ -22,7 +23,6 @@ from .candidates import Candidate
 from .results import Score
 
 PART = 1 << 18  # elements of a part
-_CANNOT_CLIP = (None, "ceil", "rceil")
 ScaleFunction = Callable[[Tensor, tuple[int, ...]], Tensor]
 # dtype -> an integer dtype of its width, the bits of its mantissa, the bias of its exponent
 _FIELDS = {
@@ -133,27 +133,49 @@ def _zero_codes(f: FP8Format) -> list[int]:
     return [code for code in range(1 << f.bits) if f.to_real(code) == 0]
 
 
-def scale_function(x: Tensor, candidate: Candidate) -> ScaleFunction:
-    """The function (blocks, dims) -> scale for parts of a matrix x; what all of x decides is found here."""
-    scale_of = scaler(x, candidate.format, **candidate.keywords)
-    if candidate.rule.per != "tensor":
-        return scale_of
-    scale = candidate.granularity.apply(scale_of, x).reshape(()) if x.numel() else x.new_ones(())
+def largest_of(x: Tensor) -> Tensor:
+    """The largest magnitude of x, all that the scales of a part take from the rest of x; with x's dimensions."""
+    return PerTensor().apply(amax, x)
+
+
+def scale_function(largest: Tensor, candidate: Candidate) -> ScaleFunction:
+    """The function (blocks, dims) -> scale for parts of a matrix whose largest magnitude is given."""
+    scale_of = scaler(largest, candidate.format, **candidate.keywords)
+    return one_scale(largest, candidate) if candidate.rule.per == "tensor" else scale_of
+
+
+def one_scale(largest: Tensor, candidate: Candidate) -> ScaleFunction:
+    """The function that gives the scale of a group with this largest magnitude, whatever it is given."""
+    scale = PerTensor().apply(scaler(largest, candidate.format, **candidate.keywords), largest).reshape(())
     return lambda blocks, dims: scale
 
 
-def parts(x: Tensor, candidates: list[Candidate]) -> Iterator[Tensor]:
-    """Whole rows of a matrix, about PART elements at a time; blocks that span rows stay whole."""
+def parts(x: Tensor, candidates: list[Candidate], size: int = PART) -> Iterator[Tensor]:
+    """Whole rows of a matrix, about size elements at a time; blocks that span rows stay whole."""
     heights = [c.rule.block[0] for c in candidates if not isinstance(c.rule.per, str)]
     step = math.lcm(*heights) if heights else 1
-    rows = max(PART // max(x.shape[1], 1) // step, 1) * step
+    rows = max(size // max(x.shape[1], 1) // step, 1) * step
     for start in range(0, x.shape[0], rows):
         yield x[start : start + rows].contiguous()
 
 
-def distinct(x: Tensor) -> Tensor:
-    """How often each of the 2^16 bit patterns of float16 or bfloat16 is in x."""
-    return _histogram(x.view(torch.int16).int() & 0xFFFF, 1 << 16)
+def value_counts(x: Tensor, granularity: PerTensor | PerAxis | PerBlock) -> dict[float, Tensor]:
+    """How often each of all values of float16 or bfloat16 is there, in the order of their bits.
+
+    For blocks and rows apart by the power of two at or below their largest magnitude, which is 0 for a block of zeros:
+    all that the rule "floor" takes from them.
+    """
+    if isinstance(granularity, PerTensor):
+        return {math.nan: _histogram(_bits(x), 1 << 16)}
+    fields = granularity.apply(lambda blocks, dims: amax(blocks, dims).view(torch.int32) >> 23, x, compact=True)
+    found, index = fields.unique(return_inverse=True)
+    keys = granularity.apply(lambda blocks, dims, i: (i << 16) | _bits(blocks), x, index.int())
+    counts = _histogram(keys, len(found) << 16).view(-1, 1 << 16)
+    return dict(zip((found << 23).view(torch.float32).tolist(), counts))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16).int() & 0xFFFF
 
 
 def patterns(dtype: torch.dtype) -> Tensor:
@@ -164,30 +186,29 @@ def patterns(dtype: torch.dtype) -> Tensor:
 def add(
     tally: Tally,
     x: Tensor,
+    wide: Tensor,
     candidate: Candidate,
     scale_of: ScaleFunction,
     weight: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
-    """Counts a part of a matrix.
+    """Counts a part of a matrix; wide is x in float64, made once for all candidates.
 
     weight, of x's shape, adds ``sum(weight * error^2)`` to the sensitivity. With counts x has values, each once, and
-    counts how often they are there; that is for one scale of the whole matrix.
+    counts how often they are there; then one scale serves all of them.
     """
-    f, rule = candidate.format, candidate.rule
-    can_clip = rule.power_of_two not in _CANNOT_CLIP or rule.scale_format is not None
+    f, granularity = candidate.format, candidate.granularity if counts is None else PerTensor()
 
     def visit(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
         scale = scale_of(blocks, dims)
         tally.codes += _histogram(encode(blocks, f, scale), len(tally.codes), counts)
-        if can_clip:
-            tally.clipped += _clipped(blocks, dims, f, scale, counts)
+        tally.clipped += _clipped(blocks, dims, f, scale, counts)
         least, most = (float(end) for end in torch.aminmax(scale))
         tally.smallest = min(tally.smallest, least)
         tally.largest = max(tally.largest, most)
         return quantize(blocks, f, scale)
 
-    error = x.double() - candidate.granularity.apply(visit, x)
+    error = granularity.apply(visit, x).double().sub_(wide)
     tally.error += _energy(error, counts)
     if weight is not None:
         tally.sensitivity = (tally.sensitivity or 0.0) + float((error.square_() * weight).sum())
@@ -196,8 +217,11 @@ def add(
 def _clipped(x: Tensor, dims: tuple[int, ...], f: FP8Format, scale: Tensor, counts: Tensor | None) -> int:
     """How many |x / scale| round to more than the largest value; as in quantization_stats, a tie to the even code."""
     limit = (f.max_representable_value + f.overflow_value) / 2
+    has_one = divide(amax(x, dims), scale) >= limit
+    if not has_one.any():
+        return 0
     if dims == (x.ndim - 1,) and scale.ndim == x.ndim:  # rows, of which few have an element to clip
-        rows = (divide(amax(x, dims), scale) >= limit).squeeze(-1)
+        rows = has_one.squeeze(-1)
         x, scale = x[rows], scale[rows]
     q = divide(x, scale).abs_()
     return _total((q >= limit) if f.max_code % 2 else (q > limit), counts)

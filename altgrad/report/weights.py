@@ -1,10 +1,11 @@
 """The report of a checkpoint: every weight under every candidate, on all cores."""
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import reduce
-from operator import add as add_tensors
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -16,18 +17,23 @@ from .candidates import DEFAULT, Candidate, candidates
 from .checkpoint import Checkpoint, Entry
 from .results import Layer, LeftOut, Report
 from .tally import (
+    PART,
     ScaleFunction,
     Signal,
     Tally,
     add,
-    distinct,
     empty_tally,
+    largest_of,
     matrix,
+    one_scale,
     parts,
     patterns,
     scale_function,
+    value_counts,
 )
 
+# Elements from which on it is quicker to look at each different value once, under one scale or under few.
+_BY_VALUE, _BY_SCALE_AND_VALUE = 1 << 17, 1 << 20
 _FLOATS = [str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]
 
 
@@ -88,16 +94,17 @@ def _reason(entry: Entry) -> str | None:
 
 def _layer(entry: Entry, x: Tensor, chosen: list[Candidate], pool: ThreadPoolExecutor) -> Layer:
     x = matrix(x)
-    by_value = [c for c in chosen if _goes_by_value(c, x)]
+    largest = largest_of(x)
+    by_value = [c for c in chosen if _goes_by_value(c, x, largest)]
     by_part = [c for c in chosen if c not in by_value]
-    counted: dict[str, Tally] = {}
     if by_value:
-        signal, counted = _count_values(x, by_value, pool)
+        signal, counted = _count_values(x, largest, by_value, pool)
+    else:
+        signal, counted = reduce(operator.add, pool.map(_signal, parts(x, chosen))), {}
     if by_part:
-        functions = [scale_function(x, c) for c in by_part]
-        found = pool.map(lambda part: _count(part, by_part, functions), parts(x, by_part))
-        signal, tallies = reduce(_sum, found)
-        counted |= {c.name: tally for c, tally in zip(by_part, tallies)}
+        functions = [scale_function(largest, c) for c in by_part]
+        found = pool.map(partial(_count, chosen=by_part, functions=functions), parts(x, by_part))
+        counted |= {c.name: reduce(operator.add, tallies) for c, tallies in zip(by_part, zip(*found))}
     return Layer(
         entry.name,
         "weight",
@@ -113,42 +120,68 @@ def _layer(entry: Entry, x: Tensor, chosen: list[Candidate], pool: ThreadPoolExe
     )
 
 
-Counted = tuple[Signal, list[Tally]]
+def _goes_by_value(c: Candidate, x: Tensor, largest: Tensor) -> bool:
+    """Whether few scales serve all of x, and x has more values than there are different ones under each of them."""
+    if x.dtype.itemsize != 2:
+        return False
+    if c.rule.per == "tensor":
+        return x.numel() > _BY_VALUE
+    return c.rule.power_of_two == "floor" and x.numel() > _BY_SCALE_AND_VALUE and bool(largest.isfinite())
 
 
-def _goes_by_value(c: Candidate, x: Tensor) -> bool:
-    """Whether one scale serves all of x, and x has more values than there are different ones."""
-    return c.rule.per == "tensor" and x.dtype.itemsize == 2 and x.numel() > 1 << 17
+def _count_values(
+    x: Tensor, largest: Tensor, chosen: list[Candidate], pool: ThreadPoolExecutor
+) -> tuple[Signal, dict[str, Tally]]:
+    """Looks at each different value under each scale once, and at how often it is there."""
+    counted: dict[str, Tally] = {}
+    for granularity in dict.fromkeys(c.granularity for c in chosen):
+        alike = [c for c in chosen if c.granularity == granularity]
+        found = pool.map(partial(value_counts, granularity=granularity), parts(x, alike, 16 * PART))
+        groups = reduce(_merged, found)
+        largest_ones = [largest if math.isnan(amax) else largest.new_full((), amax) for amax in groups]
+        signals, of_groups = zip(*pool.map(partial(_count_group, x.dtype, alike), largest_ones, groups.values()))
+        counted |= {c.name: reduce(operator.add, tallies) for c, tallies in zip(alike, zip(*of_groups))}
+    return reduce(operator.add, signals), counted
 
 
-def _count_values(x: Tensor, chosen: list[Candidate], pool: ThreadPoolExecutor) -> tuple[Signal, dict[str, Tally]]:
-    """Looks at each different value once, and at how often it is there."""
-    counts = reduce(add_tensors, pool.map(distinct, parts(x, chosen)))
-    values, present = patterns(x.dtype), counts.unsqueeze(0) > 0
-    values, counts = values[present].unsqueeze(0), counts.unsqueeze(0)[present].unsqueeze(0)
-    signal, tallies = Signal(), {c.name: empty_tally(c) for c in chosen}
-    signal.add(values, counts)
-    for c in chosen:
-        add(tallies[c.name], values, c, scale_function(x, c), counts=counts)
-    return signal, tallies
-
-
-def _count(x: Tensor, chosen: list[Candidate], scale_functions: list[ScaleFunction]) -> Counted:
+def _count_group(
+    dtype: torch.dtype, chosen: list[Candidate], largest: Tensor, counts: Tensor
+) -> tuple[Signal, list[Tally]]:
+    """Counts the values that are there, all under the scale that a group with this largest magnitude has."""
+    present = counts > 0
+    values, counts = patterns(dtype)[:, present], counts[present].unsqueeze(0)
     signal, tallies = Signal(), [empty_tally(c) for c in chosen]
-    signal.add(x)
-    for tally, c, scale_of in zip(tallies, chosen, scale_functions):
-        add(tally, x, c, scale_of)
+    signal.add(values, counts)
+    for tally, c in zip(tallies, chosen):
+        add(tally, values, values.double(), c, one_scale(largest, c), counts=counts)
     return signal, tallies
 
 
-def _sum(a: Counted, b: Counted) -> Counted:
-    return a[0] + b[0], [x + y for x, y in zip(a[1], b[1])]
+def _merged(a: dict[float, Tensor], b: dict[float, Tensor]) -> dict[float, Tensor]:
+    return a | {key: a[key] + counts if key in a else counts for key, counts in b.items()}
+
+
+def _signal(x: Tensor) -> Signal:
+    signal = Signal()
+    signal.add(x)
+    return signal
+
+
+def _count(x: Tensor, chosen: list[Candidate], functions: list[ScaleFunction]) -> list[Tally]:
+    tallies, wide = [empty_tally(c) for c in chosen], x.double()
+    for tally, c, scale_of in zip(tallies, chosen, functions):
+        add(tally, x, wide, c, scale_of)
+    return tallies
 
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch computes with, each of them computing alone."""
+    """As many threads as torch computes with, each of them computing alone, as this one does meanwhile.
+
+    What OpenMP's threads spend on waiting for the next of many small operations is several times the work.
+    """
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
