@@ -77,7 +77,11 @@ def test_json_leaves_out_defaults():
             (lambda per=per: Rule("E4M3", per=per), ValueError, "per must be 'tensor', 'row', n or")
             for per in ("col", 0, (1,), (2, -2), 1.5, (1, 2, 3), True, None)
         ),
-        (lambda: Rule("E4M3", method="max"), ValueError, "method must be one of amax, percentile, mse, got 'max'"),
+        (
+            lambda: Rule("E4M3", method="max"),
+            ValueError,
+            "method must be one of amax, percentile, mse, four_over_six, got 'max'",
+        ),
         (lambda: Rule("E4M3", power_of_two="up"), ValueError, "power_of_two must be one of None, floor"),
         (lambda: Rule("E4M3", rounding="up"), ValueError, "rounding must be one of .*stochastic, got 'up'"),
         (lambda: Rule("E4M3", saturation="up"), ValueError, "saturation must be one of"),

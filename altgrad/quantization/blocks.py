@@ -1,6 +1,6 @@
 """Tensors that are stored in a block format: codes packed to their width, and a scale for each group of them."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from ops_registry.arithmetic import compute_dtype
 from .formats import E8M0, FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor
 from .ops import decode, encode, pack, unpack
-from .scaling import ScaleOptions, compute_scale, scale_above
+from .scaling import ScaleOptions, compute_scale, levels_of
+from .two_levels import multiplied
 
 
 class Blocks(NamedTuple):
@@ -21,8 +22,8 @@ class Blocks(NamedTuple):
 
     Args:
         codes: uint8, [..., ceil(n * bits / 8)], packed as :func:`pack` does.
-        scales: one element a group: bytes of the scale format, or float32 (float64 of float64 x) without one.
-        tensor_scale: 0-d, what all scales are multiplied by; None without a scale format, and for powers of two.
+        scales: one element a group: codes of the scale format, or float32 (float64 of float64 x) without one.
+        tensor_scale: 0-d, what all scales are multiplied by; None where there is no such level.
         format: the name of the elements' format.
         scale_format: that of the scales, ``"E8M0"`` for powers of two, or None.
         granularity: who shares a scale.
@@ -95,17 +96,19 @@ def encode_blocks(
     if f.bits > 8:
         raise ValueError(f"format must have codes of at most 8 bits to be packed, got {f.name} of {f.bits}")
     scale = compute_scale(x, f, granularity=granularity, compact=True, **options)
-    codes = encode(
-        x, f, scale, granularity=granularity, saturation=saturation, rounding=rounding,
-        random_bits=random_bits, generator=generator,
-    )  # fmt: skip
+    modes: dict[str, Any] = {"saturation": saturation, "rounding": rounding}
+    modes |= {"random_bits": random_bits, "generator": generator}
+    if options.get("arithmetic") == "transformer_engine":
+        codes = encode(granularity.apply(lambda blocks, dims, scale: multiplied(blocks, scale), x, scale), f, **modes)
+    else:
+        codes = encode(x, f, scale, granularity=granularity, **modes)
     tensor_scale, scale_format = None, None
     if options.get("power_of_two") is not None:
         scale, scale_format = encode(scale, E8M0), E8M0.name
-    elif (wanted := options.get("scale_format")) is not None:
-        g = resolve(wanted)
-        tensor_scale, scale_format = scale_above(x, f, g), g.name
-        scale = encode(scale, g, tensor_scale)  # scale is a value times tensor_scale, rounded: nearest to that value
+    elif (levels := levels_of(f, options)) is not None:
+        tensor_scale, scale_format = levels.tensor_scale(x), levels.scale_format.name
+        # scale is a value times tensor_scale, rounded: nearest to that value
+        scale = encode(scale, levels.scale_format, 1.0 if tensor_scale is None else tensor_scale)
     return Blocks(pack(codes, f.bits), scale, tensor_scale, f.name, scale_format, granularity, x.shape[-1], x.dtype)
 
 

@@ -1,5 +1,6 @@
 """From a tensor to a scale: what statistic of a tensor, of its axes or of its blocks becomes which scale."""
 
+import math
 from collections.abc import Callable
 from typing import TypedDict, Unpack
 
@@ -10,14 +11,15 @@ from ops_registry.autograd import entry
 from ops_registry.checks import FLOAT_DTYPES, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import POWER_OF_TWO_RULES, SEED
-from ops_registry.scales import as_power_of_two, as_scale, block_level
+from ops_registry.scales import as_power_of_two, as_scale
 
 from .formats import FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor, has_whole_blocks
 from .magnitudes import amax, percentile
 from .ops import drawn_bits, quantize
+from .two_levels import ARITHMETICS, FOUR_OVER_SIX, Levels, quantize_multiplied
 
-METHODS = ("amax", "percentile", "mse")
+METHODS = ("amax", "percentile", "mse", "four_over_six")
 _quantize_blocks = entry("quantize_blocks")
 _quantize_blocks_stochastic = entry("quantize_blocks_stochastic")
 # What mse tries beside amax itself.
@@ -30,8 +32,11 @@ class ScaleOptions(TypedDict, total=False):
 
     method: str
     fraction: float
+    headroom: float
     power_of_two: str | None
     scale_format: FP8Format | str | None
+    tensor_scale: bool
+    arithmetic: str
 
 
 def compute_scale(
@@ -41,8 +46,11 @@ def compute_scale(
     method: str = "amax",
     granularity: PerTensor | PerAxis | PerBlock = PerTensor(),  # noqa: B008  (frozen)
     fraction: float = 0.999,
+    headroom: float = 1.0,
     power_of_two: str | None = None,
     scale_format: FP8Format | str | None = None,
+    tensor_scale: bool = True,
+    arithmetic: str = ARITHMETICS[0],
     compact: bool = False,
 ) -> Tensor:
     """The scale with which x fits a format: ``quantize(x, format, compute_scale(x, format))``.
@@ -65,13 +73,22 @@ def compute_scale(
         method: ``"amax"``: the largest |x|. ``"percentile"``: that of |x| at fraction, interpolated as numpy's
             ``quantile`` does in float64. ``"mse"``: the scale with the least squared error of :func:`quantize`, among
             that of amax and 2^(-1/8), 2^(-2/8) ... 2^-2 times it (with power_of_two 2, 1/2 and 1/4 times).
+            ``"four_over_six"``, for E2M1: of the scales of amax and 1.5 times it, which bring the largest element to 6
+            and to 4, the one with the smaller error. With scale_format the largest scale that amax gives is then a
+            power of two, 256 in E4M3 (arXiv 2512.02010).
         granularity: :class:`PerTensor`, :class:`PerAxis` or :class:`PerBlock`.
         fraction: for ``"percentile"``, 0 to 1.
+        headroom: for ``"amax"`` and ``"percentile"``, the statistic is multiplied by it. 17/16 makes stochastic
+            rounding unbiased where a scale is rounded to E4M3, down by at most 1/17.
         power_of_two: rounds the scale to a power of two by a rule of OCP MX implementations. ``"floor"``, ``"ceil"``:
             the statistic to a power of two, over that of the largest value. ``"even"``: floor after rounding the
             statistic to the mantissa bits of the format. ``"rceil"``: the quotient rounded up.
         scale_format: rounds the scales to this format, under a float32 scale of the whole tensor that brings the
             largest to the top of the format. A scale is not below the smallest normal value there.
+        tensor_scale: False: the scales are values of scale_format itself, and saturate at its largest.
+        arithmetic: ``"exact"``: quotients, correctly rounded. ``"transformer_engine"``: with scale_format, the scales
+            and values of TransformerEngine's NVFP4 instead, bit for bit for finite x: products with reciprocals, and
+            scales that may be subnormal, or 0, where :func:`quantize_blocks` gives 0.
         compact: per block one element a block, which :func:`quantize`, :func:`encode` and :func:`decode` take with the
             granularity.
 
@@ -81,8 +98,8 @@ def compute_scale(
 
     Raises:
         TypeError: x or format of a wrong type or dtype.
-        ValueError: an unknown method, rule or format, a fraction outside 0 to 1, both roundings of the scale, axes or
-            blocks that x does not have.
+        ValueError: an unknown method, rule or format, a fraction outside 0 to 1, both roundings of the scale, options
+            that exclude each other, axes or blocks that x does not have.
 
     Example:
         >>> import torch
@@ -91,7 +108,10 @@ def compute_scale(
         tensor([[1.0000],
                 [0.0156]])
     """
-    scale_of = scaler(x, format, method=method, fraction=fraction, power_of_two=power_of_two, scale_format=scale_format)
+    scale_of = scaler(
+        x, format, method=method, fraction=fraction, headroom=headroom, power_of_two=power_of_two,
+        scale_format=scale_format, tensor_scale=tensor_scale, arithmetic=arithmetic,
+    )  # fmt: skip
     scale = granularity.apply(scale_of, x.detach(), compact=compact)
     return scale.reshape(()) if isinstance(granularity, PerTensor) else scale
 
@@ -129,16 +149,20 @@ def quantize_blocks(
     """
     scale_of = scaler(x, format, **options)
     bits = drawn_bits(x, rounding, random_bits, generator)
-    if options.get("method", "amax") == "amax" and not isinstance(granularity, PerTensor):
-        power_of_two, scale_format = options.get("power_of_two"), options.get("scale_format")
-        tensor_scale = None
-        if scale_format is not None:
-            scale_format = format_name(scale_format)
-            tensor_scale = scale_above(x, resolve(format), resolve(scale_format))
-        others = granularity.block(x), power_of_two, scale_format
+    levels = levels_of(resolve(format), options)
+    headroom = options.get("headroom", 1.0)
+    is_fused = options.get("method", "amax") == "amax" and not isinstance(granularity, PerTensor)
+    if is_fused and (levels is None or levels == Levels(*levels[:2], headroom=headroom)):
+        tensor_scale, scale_format = None, None
+        if levels is not None:
+            tensor_scale, scale_format = levels.tensor_scale(x), levels.scale_format.name
+        others = granularity.block(x), options.get("power_of_two"), scale_format, headroom
         if bits is None:
             return _quantize_blocks(x, tensor_scale, format_name(format), saturation, rounding, *others)
         return _quantize_blocks_stochastic(x, tensor_scale, bits, format_name(format), saturation, *others)
+    if options.get("arithmetic") == "transformer_engine":
+        scale = granularity.apply(scale_of, x.detach())
+        return quantize_multiplied(x, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
     if bits is not None and not (bits.dtype == SEED and has_whole_blocks(granularity, x)):  # bits are of x's elements
         scale = granularity.apply(scale_of, x.detach())
         return quantize(x, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
@@ -151,59 +175,94 @@ def quantize_blocks(
 
 
 def scaler(
-    x: Tensor,
-    format: FP8Format | str,
-    method: str = "amax",
-    fraction: float = 0.999,
-    power_of_two: str | None = None,
-    scale_format: FP8Format | str | None = None,
+    x: Tensor, format: FP8Format | str, **options: Unpack[ScaleOptions]
 ) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
     """The function (view of x, dims) -> scale, with 1 for the size of dims; checks the options."""
     check_tensor("x", x)
     f = resolve(format)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be from 0 to 1, got {fraction!r}")
-    if power_of_two is not None and power_of_two not in POWER_OF_TWO_RULES:
-        raise ValueError(f"power_of_two must be one of {', '.join(POWER_OF_TWO_RULES)} or None, got {power_of_two!r}")
-    if power_of_two is not None and scale_format is not None:
-        raise ValueError("power_of_two and scale_format both round the scale: give one of them")
+    check_options(f, options)
+    method, headroom = options.get("method", "amax"), options.get("headroom", 1.0)
+    power_of_two, levels = options.get("power_of_two"), levels_of(f, options)
 
     def scale_of(group: Tensor, dims: tuple[int, ...]) -> Tensor:
-        if method == "amax":
-            statistic = amax(group, dims)
-            whole = statistic if group.numel() == x.numel() else x  # all of x, or one of its parts with even blocks
-            return _rounded_scale(whole, f, power_of_two, scale_format)(statistic)
-        to_scale = _rounded_scale(x, f, power_of_two, scale_format)
+        to_scale = _rounded_scale(x, f, power_of_two, levels)
+        if factors := factors_of(method, power_of_two):
+            return _least_error(group, dims, f, factors, to_scale)
         if method == "percentile":
-            return to_scale(percentile(group, dims, fraction))
-        factors = _MSE_FACTORS if power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
-        return _least_error(group, dims, f, factors, to_scale)
+            statistic = percentile(group, dims, options.get("fraction", 0.999))
+            return to_scale(statistic if headroom == 1 else statistic * headroom)
+        statistic = amax(group, dims)
+        if group.numel() == x.numel():  # all of x, or one of its parts with even blocks
+            to_scale = _rounded_scale(statistic, f, power_of_two, levels)
+        return to_scale(statistic if headroom == 1 else statistic * headroom)
 
     return scale_of
 
 
-def _rounded_scale(
-    x: Tensor, format: FP8Format, power_of_two: str | None, scale_format: FP8Format | str | None
-) -> Callable[[Tensor], Tensor]:
-    """The function amax -> scale; x has the largest magnitude of the whole tensor."""
-    max_value = format.max_representable_value
-    if power_of_two is not None:
-        return lambda amax: as_power_of_two(amax, format, power_of_two)
+def check_options(f: FP8Format, options: ScaleOptions) -> None:
+    """Refuses what :func:`compute_scale` does not have, and what excludes each other."""
+    for name, choices in (
+        ("method", METHODS),
+        ("power_of_two", (None, *POWER_OF_TWO_RULES)),
+        ("arithmetic", ARITHMETICS),
+    ):
+        if options.get(name, choices[0]) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {options.get(name)!r}")
+    method, rule, fraction = options.get("method", "amax"), options.get("power_of_two"), options.get("fraction", 0.999)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be from 0 to 1, got {fraction!r}")
+    headroom = options.get("headroom", 1.0)
+    if not 0 < headroom < math.inf:
+        raise ValueError(f"headroom must be positive and finite, got {headroom!r}")
+    if headroom != 1 and factors_of(method, rule):
+        raise ValueError(f"headroom is for a scale of amax or of a percentile, got method={method!r}")
+    if method == "four_over_six" and (f.spelling != "e2m1b1f" or rule is not None):
+        raise ValueError(f"method 'four_over_six' is for E2M1 without power_of_two, got {f.name} and {rule!r}")
+    levels = levels_of(f, options)
+    if rule is not None and levels is not None:
+        raise ValueError("power_of_two and scale_format both round the scale: give one of them")
+    if levels is not None:
+        levels.check()
+    elif not options.get("tensor_scale", True):
+        raise ValueError("tensor_scale=False is for scales with a scale_format, got none")
+    is_exact = options.get("arithmetic", ARITHMETICS[0]) == ARITHMETICS[0]
+    if not is_exact and (levels is None or not levels.has_tensor_scale or factors_of(method, rule)):
+        raise ValueError(
+            "arithmetic 'transformer_engine' is that of a scale_format under a tensor_scale, of amax or a percentile"
+        )
+
+
+def levels_of(f: FP8Format, options: ScaleOptions) -> Levels | None:
+    """The levels of scales, None without a scale_format."""
+    scale_format = options.get("scale_format")
     if scale_format is None:
-        return lambda amax: as_scale(amax, max_value)
-    f = resolve(scale_format)
-    tensor_scale = scale_above(x, format, f)
-    return lambda amax: block_level(amax, format, f, tensor_scale) * tensor_scale
+        return None
+    return Levels(
+        f, resolve(scale_format), options.get("method", "amax"), options.get("headroom", 1.0),
+        options.get("tensor_scale", True), options.get("arithmetic", ARITHMETICS[0]),
+    )  # fmt: skip
 
 
-def scale_above(x: Tensor, format: FP8Format, scale_format: FP8Format) -> Tensor:
-    """The scale of the whole tensor, under which the largest scale of a group is the largest value of scale_format."""
-    largest = PerTensor().apply(amax, x.detach())
-    return as_scale(largest, format.max_representable_value * scale_format.max_representable_value).reshape(())
+def factors_of(method: str, power_of_two: str | None) -> list[float]:
+    """What of amax a method tries beside amax itself."""
+    if method == "four_over_six":
+        return [FOUR_OVER_SIX]
+    if method == "mse":
+        return _MSE_FACTORS if power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
+    return []
+
+
+def _rounded_scale(
+    x: Tensor, format: FP8Format, power_of_two: str | None, levels: Levels | None
+) -> Callable[[Tensor], Tensor]:
+    """The function statistic -> scale; x has the largest magnitude of the whole tensor."""
+    if power_of_two is not None:
+        return lambda statistic: as_power_of_two(statistic, format, power_of_two)
+    if levels is None:
+        return lambda statistic: as_scale(statistic, format.max_representable_value)
+    return levels.scaler(x)
 
 
 def _least_error(

@@ -21,12 +21,8 @@ from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
 from ..quantization.magnitudes import amax, percentile
 from ..quantization.ops import quantize
-from ..quantization.scaling import (
-    _MSE_FACTORS,
-    _MSE_POWER_OF_TWO_FACTORS,
-    _least_error,
-    _rounded_scale,
-)
+from ..quantization.scaling import _least_error, _rounded_scale, factors_of
+from ..quantization.two_levels import Levels
 from .hadamard import hadamard
 from .recipes import Rule
 
@@ -182,10 +178,10 @@ def _whole(t: Tensor) -> Tensor:
 def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:
     """Scales in a format of their own under one of the tensor, which is left out of the operand."""
     g = resolve(rule.scale_format or "")
-    top = f.max_representable_value
-    largest = PerTensor().apply(amax, view if rule.method == "percentile" else statistic)
-    outer = as_scale(largest, top * g.max_representable_value).reshape(())
-    if rule.method != "mse":
+    is_amax = rule.method != "percentile"
+    largest = PerTensor().apply(amax, statistic) if is_amax else PerTensor().apply(amax, view) * rule.headroom
+    outer = as_scale(largest, Levels(f, g, rule.method).top).reshape(())
+    if not factors_of(rule.method, None):
         inner = block_level(statistic, f, g, outer)
         return Scales(inner * outer, inner, outer)
     divisor = _scale_of(view, dims, rule, f, statistic, lambda largest: block_level(largest, f, g, outer) * outer)
@@ -200,7 +196,5 @@ def _scale_of(
     statistic: Tensor,
     to_scale: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    if rule.method != "mse":
-        return to_scale(statistic)
-    factors = _MSE_FACTORS if rule.power_of_two is None else _MSE_POWER_OF_TWO_FACTORS
-    return _least_error(view, dims, f, factors, to_scale)
+    factors = factors_of(rule.method, rule.power_of_two)
+    return _least_error(view, dims, f, factors, to_scale) if factors else to_scale(statistic)

@@ -8,7 +8,7 @@ from typing import Any
 from ops_registry.modes import POWER_OF_TWO_RULES, ROUNDINGS, SATURATIONS
 
 from ..quantization.formats import FP8Format, resolve
-from ..quantization.scaling import METHODS
+from ..quantization.scaling import METHODS, ScaleOptions, check_options
 
 SOURCES = ("tensor", "forward")
 PRODUCTS = ("forward", "grad_input", "grad_weight")
@@ -101,15 +101,21 @@ class Rule(_Data):
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.power_of_two is not None and self.scale_format is not None:
-            raise ValueError("power_of_two and scale_format both round the scale: give one of them")
+        if self.format is not None:
+            check_options(
+                resolve(self.format),
+                ScaleOptions(
+                    method=self.method, headroom=self.headroom, power_of_two=self.power_of_two,
+                    scale_format=self.scale_format,
+                ),
+            )  # fmt: skip
         if (self.history or self.scale) and self.per != "tensor":
             raise ValueError(f"a fixed or delayed scale is one of the tensor, got per={self.per!r}")
         rounded = self.power_of_two is not None or self.scale_format is not None
         if sum((bool(self.history), self.scale is not None, rounded)) > 1:
             raise ValueError("scale, history and a rounded scale exclude each other: give one of them")
-        if self.headroom != 1 and (self.method == "mse" or self.scale is not None):
-            raise ValueError("headroom is for a scale of amax or of a percentile")
+        if self.headroom != 1 and self.scale is not None:
+            raise ValueError("headroom is for a scale of amax or of a percentile, not for a fixed one")
 
     @property
     def block(self) -> tuple[int, int]:
