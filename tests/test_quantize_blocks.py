@@ -12,7 +12,7 @@ import torch
 from conftest import DTYPES, assert_same_bits, random_bit_patterns, reference_quantize
 
 from altgrad.quantization import PerAxis, PerBlock, PerTensor, compute_scale, resolve
-from altgrad.quantization.scaling import scale_above
+from altgrad.quantization.two_levels import Levels
 from ops_registry import aten, cuda, tiles
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, POWER_OF_TWO_RULES, SATURATIONS
 
@@ -88,7 +88,7 @@ def want(x, f, block, saturation, rounding, random_bits=None, **scaling):
 
 def arguments(x, f, block, saturation, rounding, power_of_two=None, scale_format=None):
     g = None if scale_format is None else resolve(scale_format)
-    tensor_scale = None if g is None else scale_above(x, f, g)
+    tensor_scale = None if g is None else Levels(f, g).tensor_scale(x)
     return x, tensor_scale, f.name, saturation, rounding, list(block), power_of_two, scale_format
 
 

@@ -151,8 +151,8 @@ def quantize_blocks(
     bits = drawn_bits(x, rounding, random_bits, generator)
     levels = levels_of(resolve(format), options)
     headroom = options.get("headroom", 1.0)
-    is_fused = options.get("method", "amax") == "amax" and not isinstance(granularity, PerTensor)
-    if is_fused and (levels is None or levels == Levels(*levels[:2], headroom=headroom)):
+    is_plain = levels is None or levels == Levels(*levels[:2], headroom=headroom)
+    if options.get("method", "amax") == "amax" and is_plain and not isinstance(granularity, PerTensor):
         tensor_scale, scale_format = None, None
         if levels is not None:
             tensor_scale, scale_format = levels.tensor_scale(x), levels.scale_format.name
