@@ -52,30 +52,51 @@ def block_level(amax, tensor_scale, max_value: tl.constexpr, scale_format: tl.co
 def quotient_of(x, divisor, limit: tl.constexpr, format: tl.constexpr, rounding: tl.constexpr, is_power: tl.constexpr):
     """(min(|x / divisor|, limit), whether the quotient is infinite, a number with its sign), as quotient gives them.
 
-    The product with the reciprocal of a power of two, which is a float32 number for each scale, is the quotient.
+    The product with the reciprocal of a power of two, which is a float32 number for each scale, is the quotient. By
+    another reciprocal, quotients below 2^-100 need not be exact, nor twice the limit: in roundings that make zero of
+    what is that small, for stochastic rounding below 2^-24 quanta, that is no harm.
     """
+    quantum: tl.constexpr = format.quantum
     if is_power:
         q = x * tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)
         a = tl.abs(q)
         return tl.where(a > limit, limit, a), a == float("inf"), q
+    elif (
+        (rounding == "stochastic" and quantum >= 2.0**-74)
+        or (rounding == "nearest_ties_to_even" and quantum >= 2.0**-98)
+        or (rounding == "nearest_ties_to_away" and quantum >= 2.0**-98)
+        or (rounding == "toward_zero" and quantum >= 2.0**-98)
+    ):
+        a, is_infinite, q = quotient(x, divisor, 2.0 * limit, True, False)
+        return tl.where(a > limit, limit, a), is_infinite, q
     else:
-        by_reciprocal: tl.constexpr = rounding == "nearest_ties_to_even" and format.quantum >= 2.0**-98
-        return quotient(x, divisor, limit, by_reciprocal, False)
+        return quotient(x, divisor, limit, False, False)
 
 
 @triton.jit
-def random_of_blocks(random_ptr, i, at, mask, is_wide: tl.constexpr):
-    """The random numbers of elements in memory at i, the at-th ones in row-major order."""
-    if random_ptr.dtype.element_ty != tl.int64:
-        return tl.load(random_ptr + i, mask)
+def philox(random_ptr, block, is_wide: tl.constexpr):
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32) if is_wide else low * 0
+    return tl.philox(tl.load(random_ptr), low, high, low * 0, low * 0)
+
+
+@triton.jit
+def random_words(random_ptr, first, across, column, step, tile: tl.constexpr):
+    """The words of a seed, as philox.py says, of elements that row-major order counts from first, by step a column.
+
+    Where a row has whole blocks of four words, they are made once.
+    """
+    if tile.has_fours:
+        block, four = tl.arange(0, tile.wide)[None, None, :, None], tl.arange(0, tile.width_room // 4)[None, None, None]
+        x0, x1, x2, x3 = philox(random_ptr, (first + (across + block) * tile.width + 4 * four) >> 2, tile.is_wide)
+        words = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+        words = words.reshape(tile.high, tile.height_room, tile.wide, tile.width_room)
     else:
-        block = at >> 2
-        low = block.to(tl.uint32)
-        high = (block >> 32).to(tl.uint32) if is_wide else low * 0
-        x0, x1, x2, x3 = tl.philox(tl.load(random_ptr), low, high, low * 0, low * 0)
+        at = first + column * step
+        x0, x1, x2, x3 = philox(random_ptr, at >> 2, tile.is_wide)
         is_odd = at % 2 == 1
         words = tl.where(at % 4 < 2, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
-        return words.to(tl.int32, bitcast=True)
+    return words.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -115,8 +136,11 @@ def quantize_blocks_kernel(
     x = x.to(tl.float32)
     random = None
     if rounding == "stochastic":
-        at = matrix * step_out.to(index) + row * step_down.to(index) + column * step_across.to(index)
-        random = random_of_blocks(random_ptr, i, at, mask, tile.is_wide)
+        if random_ptr.dtype.element_ty != tl.int64:
+            random = tl.load(random_ptr + i, mask)
+        else:
+            first = matrix * step_out.to(index) + row * step_down.to(index)
+            random = random_words(random_ptr, first, across * tile.wide, column, step_across.to(index), tile)
     # Magnitudes are ordered as their bits are, NaN behind infinity.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)

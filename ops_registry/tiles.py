@@ -11,6 +11,7 @@ Size = tuple[int, ...]
 
 TILE = 4096  # elements of a program, where its blocks are not larger
 MAX_BLOCK = 16384  # the largest block, of sizes that are powers of two, that a program holds
+PER_WARP = 1024  # elements
 ACROSS = 128  # columns of a tile of several rows
 _LARGEST = (2.0 - 2.0**-23) * 2.0**127
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
@@ -32,7 +33,11 @@ class Matrices(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """high times wide blocks of height times width; rooms are powers of two. is_full: no tile has less than that."""
+    """high times wide blocks of height times width; rooms are powers of two.
+
+    is_full: no tile has less than that. is_aligned: rows begin at multiples of 16. is_wide: offsets need 64 bits.
+    has_fours: row-major order counts from a multiple of 4 on in every row of a block.
+    """
 
     high: int
     height: int
@@ -43,6 +48,7 @@ class Tile(NamedTuple):
     is_full: bool
     is_aligned: bool
     is_wide: bool
+    has_fours: bool
 
 
 class Scaling(NamedTuple):
@@ -102,10 +108,12 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     is_full = m.rows % (high * m.height) == 0 and m.columns % (wide * m.width) == 0
     is_full = is_full and (height_room, width_room) == (m.height, m.width)
     n = math.prod(shape)
-    tile = Tile(high, m.height, height_room, wide, m.width, width_room, is_full, m.columns % 16 == 0, n > _NARROW)
+    has_fours = m.steps[2] == 1 and all(number % 4 == 0 for number in (m.width, *m.steps[:2]))
+    sizes = high, m.height, height_room, wide, m.width, width_room
+    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours)
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
-    options = {"num_warps": max(1, min(16, elements // 1024))}
+    options = {"num_warps": max(1, min(16, elements // PER_WARP))}
     programs = m.stack * tiles_down * tiles_across if n else 0
     return Tiling(programs, (m.rows, m.columns, tiles_down, tiles_across, *m.steps), tile, options)
 
