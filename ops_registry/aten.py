@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, packing
+from . import blocks, packing, products
 from .arithmetic import code_dtype, compute_dtype, divide
 from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
 from .formats import FP8Format
@@ -305,6 +305,7 @@ FORMULAS = with_twins(
         "amax": amax,
         "pack": packing.pack,
         "unpack": packing.unpack,
+        "matmul": products.matmul,
     }
 )
 

@@ -1,4 +1,4 @@
-"""Gradients: straight through for quantize, the adjoint for dequantize, none for codes and for scales.
+"""Gradients: straight through for quantize, the adjoint for dequantize and matmul, none for codes and for scales.
 
 ``torch.library.register_autograd`` takes the reverse rule alone: what it registers raises under ``torch.func`` and
 drops forward-mode tangents without a word (pytorch#168393, #179652). So the kernel of the Autograd key is written here,
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .accumulators import Accumulator, resolve_accumulator
 from .arithmetic import divide
 from .operators import OPERATORS, library
 
@@ -31,39 +32,48 @@ def transforms_are_active() -> bool:
 
 
 class Rule(NamedTuple):
-    """What an operator does to gradients with respect to its first argument; all others get None."""
+    """What an operator does to gradients: backward gives those of its first arguments, and all others get None."""
 
-    backward: Callable[[Any, Tensor], Tensor | None]
-    jvp: Callable[[Any, Tensor], Tensor | None]
-    saves: int = 0  # how many of the tensors behind the first one
+    backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+    jvp: Callable[..., Tensor | None]  # of ctx and the tangents of the first arguments
+    saves: slice = slice(0)  # which of the arguments, where they are tensors
+    arguments: int = 1  # how many have gradients
 
 
-def _alias(ctx: Any, grad: Tensor) -> Tensor:
-    return grad  # the incoming gradient itself: no copy, no kernel
+def _alias(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (grad,)  # the incoming gradient itself: no copy, no kernel
 
 
 def _view(ctx: Any, tangent: Tensor) -> Tensor:
     return tangent.view_as(tangent)  # forward AD refuses the input's own tangent
 
 
-def _none(ctx: Any, grad: Tensor) -> None:
+def _none(ctx: Any, grad: Tensor) -> tuple[None]:
+    return (None,)
+
+
+def _no_tangent(ctx: Any, tangent: Tensor) -> None:
     return None
 
 
-def _rescale(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.altgrad.dequantize(grad, *ctx.saved_tensors)
+def _rescale(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (_rescaled(ctx, grad),)
 
 
-def _quantize(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.altgrad.quantize(grad, *ctx.saved_tensors, *ctx.options)
+def _rescaled(ctx: Any, tangent: Tensor) -> Tensor:
+    return torch.ops.altgrad.dequantize(tangent, *ctx.saved_tensors)
 
 
-def _quantize_stochastic(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.altgrad.quantize_stochastic(grad, *ctx.saved_tensors, *ctx.options)
+def _quantize(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (torch.ops.altgrad.quantize(grad, *ctx.saved_tensors, *ctx.options),)
 
 
-def _unscale(ctx: Any, grad: Tensor) -> Tensor:
-    return divide(grad, *ctx.saved_tensors).to(grad.dtype)  # autograd casts it to x's dtype
+def _quantize_stochastic(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (torch.ops.altgrad.quantize_stochastic(grad, *ctx.saved_tensors, *ctx.options),)
+
+
+def _unscale(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (divide(grad, *ctx.saved_tensors).to(grad.dtype),)  # autograd casts it to x's dtype
 
 
 def _unscale_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
@@ -71,7 +81,11 @@ def _unscale_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
     return divide(tangent, *ctx.saved_tensors).to(dtype)
 
 
-def _unscale_blocks(ctx: Any, grad: Tensor) -> Tensor:
+def _unscale_blocks(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (_unscaled_blocks(ctx, grad),)
+
+
+def _unscaled_blocks(ctx: Any, grad: Tensor) -> Tensor:
     """Straight through, but for the scale of the tensor where values come without it."""
     if not any(option is True for option in ctx.options):
         return grad
@@ -81,25 +95,62 @@ def _unscale_blocks(ctx: Any, grad: Tensor) -> Tensor:
 
 def _unscale_blocks_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
     dtype = next((option for option in ctx.options if isinstance(option, torch.dtype)), tangent.dtype)
-    return _unscale_blocks(ctx, tangent).to(dtype).view_as(tangent)
+    return _unscaled_blocks(ctx, tangent).to(dtype).view_as(tangent)
 
 
+def _scaled(x: Tensor, scale: Tensor | None, dim: int, rule: Accumulator) -> Tensor:
+    if scale is None or rule.scaled is None:
+        return x
+    return x.float() * scale.float().repeat_interleave(rule.scaled, dim).narrow(dim, 0, x.shape[dim])
+
+
+def _matmul(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Both products by the same accumulator; the incoming gradient is not rounded, whatever the operands are."""
+    a, b, _, *scales = ctx.saved_tensors
+    rule = resolve_accumulator(ctx.options[0])
+    of_a = of_b = None
+    if rule.scaled:
+        of_a, of_b = scales
+        a, b = _scaled(a, of_a, -1, rule), _scaled(b, of_b, -2, rule)
+        rule = rule.without_scales
+    left, right = rule.formats
+    matmul = torch.ops.altgrad.matmul
+    grad_a = matmul(grad, b.mT, rule.with_formats(None, right).name)
+    grad_b = matmul(a.mT, grad, rule.with_formats(left, None).name)
+    whole = resolve_accumulator(ctx.options[0])
+    return _scaled(grad_a, of_a, -1, whole).to(a.dtype), _scaled(grad_b, of_b, -2, whole).to(b.dtype)
+
+
+def _matmul_tangent(ctx: Any, of_a: Tensor | None, of_b: Tensor | None) -> Tensor | None:
+    a, b, _, *scales = ctx.saved_tensors
+    if any(scale is not None for scale in scales):
+        raise RuntimeError("forward-mode gradients of a product with scales of blocks are not defined")
+    rule = resolve_accumulator(ctx.options[0])
+    left, right = rule.formats
+    matmul = torch.ops.altgrad.matmul
+    parts = [] if of_a is None else [matmul(of_a.to(a.dtype), b, rule.with_formats(None, right).name)]
+    parts += [] if of_b is None else [matmul(a, of_b.to(b.dtype), rule.with_formats(left, None).name)]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+_SCALE, _SCALE_AND_BITS = slice(1, 2), slice(1, 3)
 RULES = {
     "quantize": Rule(_alias, _view),
     "quantize_stochastic": Rule(_alias, _view),
-    "quantize_gradient": Rule(_quantize, _view, saves=1),
-    "quantize_gradient_stochastic": Rule(_quantize_stochastic, _view, saves=2),
-    "project": Rule(_unscale, _unscale_to_dtype, saves=1),
-    "project_stochastic": Rule(_unscale, _unscale_to_dtype, saves=1),
-    "quantize_blocks": Rule(_unscale_blocks, _unscale_blocks_to_dtype, saves=1),
-    "quantize_blocks_stochastic": Rule(_unscale_blocks, _unscale_blocks_to_dtype, saves=1),
-    "dequantize": Rule(_rescale, _rescale, saves=1),
-    "encode": Rule(_none, _none),
-    "encode_stochastic": Rule(_none, _none),
-    "decode": Rule(_none, _none),
-    "amax": Rule(_none, _none),
-    "pack": Rule(_none, _none),
-    "unpack": Rule(_none, _none),
+    "quantize_gradient": Rule(_quantize, _view, _SCALE),
+    "quantize_gradient_stochastic": Rule(_quantize_stochastic, _view, _SCALE_AND_BITS),
+    "project": Rule(_unscale, _unscale_to_dtype, _SCALE),
+    "project_stochastic": Rule(_unscale, _unscale_to_dtype, _SCALE),
+    "quantize_blocks": Rule(_unscale_blocks, _unscale_blocks_to_dtype, _SCALE),
+    "quantize_blocks_stochastic": Rule(_unscale_blocks, _unscale_blocks_to_dtype, _SCALE),
+    "dequantize": Rule(_rescale, _rescaled, _SCALE),
+    "encode": Rule(_none, _no_tangent),
+    "encode_stochastic": Rule(_none, _no_tangent),
+    "decode": Rule(_none, _no_tangent),
+    "amax": Rule(_none, _no_tangent),
+    "pack": Rule(_none, _no_tangent),
+    "unpack": Rule(_none, _no_tangent),
+    "matmul": Rule(_matmul, _matmul_tangent, slice(0, 5), arguments=2),
 }
 _NO_GRADIENTS = (None,) * 10  # for the arguments behind the first; autograd ignores the ones too many
 
@@ -108,18 +159,18 @@ _option_keys: dict[tuple[Any, ...], int] = {}
 
 
 def _save(rule: Rule, ctx: Any, inputs: tuple[Any, ...]) -> None:
-    if rule.saves:
-        tensors = inputs[1 : 1 + rule.saves]
+    if rule.saves.stop:
+        tensors = [x if isinstance(x, Tensor) else None for x in inputs[rule.saves]]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        options = [option for option in inputs[1 + rule.saves :] if not isinstance(option, Tensor)]
+        options = [option for option in inputs if not isinstance(option, Tensor)]
         ctx.options = tuple(tuple(option) if isinstance(option, list) else option for option in options)
 
 
 def _register_public(name: str, rule: Rule) -> None:
     torch.library.register_autograd(
         f"altgrad::{name}",
-        lambda ctx, grad: (rule.backward(ctx, grad), *_NO_GRADIENTS),
+        lambda ctx, grad: (*rule.backward(ctx, grad), *_NO_GRADIENTS),
         setup_context=lambda ctx, inputs, output: _save(rule, ctx, inputs),
         lib=library,
     )
@@ -142,10 +193,10 @@ def _register_kernel(name: str, rule: Rule) -> None:
             return below_autograd(keyset, args)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, rule.backward(ctx, grad), *_NO_GRADIENTS
+        return None, None, *rule.backward(ctx, grad), *_NO_GRADIENTS
 
-    def jvp(ctx: Any, modes: None, keyset: None, tangent: Tensor, *others: None) -> Tensor | None:
-        return rule.jvp(ctx, tangent)
+    def jvp(ctx: Any, modes: None, keyset: None, *tangents: Tensor | None) -> Tensor | None:
+        return rule.jvp(ctx, *tangents[: rule.arguments])
 
     def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
         # Of integers; options are baked into the code of a compiled backward pass.
@@ -190,10 +241,10 @@ def _function(op: Callable[..., Tensor], rule: Rule) -> Any:
         _save(rule, ctx, inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return rule.backward(ctx, grad), *_NO_GRADIENTS
+        return *rule.backward(ctx, grad), *_NO_GRADIENTS
 
-    def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor | None:
-        return rule.jvp(ctx, tangent)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        return rule.jvp(ctx, *tangents[: rule.arguments])
 
     members = {f.__name__: staticmethod(f) for f in (forward, setup_context, backward, jvp)}
     return type("Entry", (torch.autograd.Function,), members | {"generate_vmap_rule": True})

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accumulators import Accumulator, resolve_accumulator
 from .arithmetic import code_dtype, compute_dtype
 from .formats import FP8Format, resolve
 from .modes import POWER_OF_TWO_RULES, RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
@@ -179,6 +180,44 @@ def check_unpack(packed: Tensor, bits: int, n: int) -> None:
             f"packed must have {(n * bits + 7) // 8} bytes in its last dimension for n = {n} codes of {bits} bits, "
             f"got {packed.shape[-1]}"
         )
+
+
+def check_matmul(
+    a: Tensor, b: Tensor, accumulator: str, a_scale: Tensor | None = None, b_scale: Tensor | None = None
+) -> Accumulator:
+    """Checks the arguments of matmul, but for the values of its tensors; returns the accumulator."""
+    rule = resolve_accumulator(accumulator)
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype not in FLOAT_DTYPES or x.dtype == torch.float64:
+            raise TypeError(f"{name} must have a dtype of {_names(FLOAT_DTYPES[:3])}, got {x.dtype}")
+        _check_strided(name, x)
+    if b.device != a.device:
+        raise RuntimeError(f"b must be on the device of a, {a.device}, got {b.device}")
+    if a.ndim < 2 or a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(
+            "a and b must have the shapes [.., M, K] and [.., K, N], with the same dimensions in front, "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    for name, scale, x in (("a_scale", a_scale, a.mT), ("b_scale", b_scale, b)):
+        _check_block_scale(name, scale, x, rule)
+    return rule
+
+
+def _check_block_scale(name: str, scale: Tensor | None, x: Tensor, rule: Accumulator) -> None:
+    """x is [.., K, n], and what scale has to be is [.., blocks, n]; that of a comes transposed, and is told so."""
+    if (scale is None) != (rule.scaled is None):
+        needs = "takes no scales" if rule.scaled is None else f"needs a scale for each {rule.scaled} products"
+        raise ValueError(f"accumulator {rule.name!r} {needs}, got {name}={None if scale is None else 'a tensor'}")
+    if scale is None or rule.scaled is None:
+        return
+    _check_floating(name, scale)
+    if scale.device != x.device:
+        raise RuntimeError(f"{name} must be on the device of a, {x.device}, got {scale.device}")
+    wanted = [*x.shape[:-2], -(-x.shape[-2] // rule.scaled), x.shape[-1]]
+    if name == "a_scale":
+        wanted[-2:] = wanted[:-3:-1]
+    if list(scale.shape) != wanted:
+        raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(scale.shape)}")
 
 
 def _check_bytes(name: str, tensor: Tensor) -> None:

@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten
+from . import aten, products
 from .arithmetic import code_dtype, compute_dtype
-from .checks import check_amax, check_decode, check_dequantize, check_encode, check_project, check_quantize
+from .checks import (
+    check_amax,
+    check_decode,
+    check_dequantize,
+    check_encode,
+    check_matmul,
+    check_project,
+    check_quantize,
+)
 from .formats import resolve
 from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
@@ -66,6 +74,8 @@ def _load() -> tuple[Any, str]:
     native.altgrad_run.restype = None
     native.altgrad_amax.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     native.altgrad_amax.restype = None
+    native.altgrad_matmul.argtypes = [ctypes.c_char_p]
+    native.altgrad_matmul.restype = None
     native.altgrad_random.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]
     native.altgrad_random.restype = None
     target = select(native, wanted)
@@ -241,6 +251,30 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     return _run(plan, torch.empty_like(x), x, scale)
 
 
+_PANEL = 16  # of csrc/plan.h
+_product = struct.Struct("4q5P3q7i").pack  # struct product
+
+
+def matmul(
+    a: Tensor, b: Tensor, accumulator: str, a_scale: Tensor | None = None, b_scale: Tensor | None = None
+) -> Tensor:
+    rule = check_matmul(a, b, accumulator, a_scale, b_scale)
+    left, right = products.factors(a, b, rule, a_scale, b_scale)
+    batch, size, columns = right.values.shape
+    out = torch.empty([*a.shape[:-1], columns], dtype=torch.float32)
+    # Columns lie side by side in panels; the last one is filled up.
+    filled = (torch.nn.functional.pad(t, (0, -columns % _PANEL)).unflatten(2, (-1, _PANEL)) for t in right)
+    panels = products.Factor(*(t.transpose(1, 2).contiguous() for t in filled))
+    tensors = (left.values, panels.values, left.exponents, panels.exponents, out)
+    fields = [batch, a.shape[-2], size, columns, *(t.data_ptr() for t in tensors)]
+    fields += [rule.group, (rule.scaled or 1) if rule.sums_block else 1, rule.promotion or 0, not rule.is_narrow]
+    fields += [-1 if rule.fraction_bits is None else rule.fraction_bits, rule.least_exponent, rule.mantissa_bits]
+    fields += [max(rule.min_exponent, rule.least_exponent), 1 << rule.exponent_bits - 1, rule.is_truncated]
+    if out.numel():
+        _native.altgrad_matmul(_product(*fields))
+    return out
+
+
 KERNELS = with_twins(
     {
         "quantize": quantize,
@@ -249,6 +283,7 @@ KERNELS = with_twins(
         "decode": decode,
         "dequantize": dequantize,
         "amax": amax,
+        "matmul": matmul,
     }
 )
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, blocks
+from . import aten, blocks, products
 from .arithmetic import code_dtype
-from .checks import check_decode, check_encode, check_project, check_quantize, check_quantize_blocks
+from .checks import check_decode, check_encode, check_matmul, check_project, check_quantize, check_quantize_blocks
 from .formats import FP8Format, resolve
 from .layout import strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
@@ -222,6 +222,21 @@ def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None 
     return out.copy_(aten.decode(codes, scale, format, dtype))
 
 
+def matmul(
+    a: Tensor, b: Tensor, accumulator: str, a_scale: Tensor | None = None, b_scale: Tensor | None = None
+) -> Tensor:
+    module = kernels("cuda_products")
+    if module is None:
+        return aten.KERNELS["matmul"](a, b, accumulator, a_scale, b_scale)
+    rule = check_matmul(a, b, accumulator, a_scale, b_scale)
+    left, right = products.factors(a, b, rule, a_scale, b_scale)
+    out = a.new_empty([*a.shape[:-1], b.shape[-1]], dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            module.launch(left, right, out.view(-1, *out.shape[-2:]), rule)
+    return out
+
+
 def quantize_blocks(
     x: Tensor,
     tensor_scale: Tensor | None,
@@ -265,6 +280,7 @@ KERNELS = with_twins(
         "encode": encode,
         "decode": decode,
         "quantize_blocks": quantize_blocks,
+        "matmul": matmul,
     }
 )
 

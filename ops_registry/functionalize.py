@@ -51,6 +51,8 @@ _PORTABLE = FORMULAS | with_twins(
 )
 
 for _name, _kernel in KERNELS.items():
+    if OPERATORS[_name].is_opaque:
+        continue
     torch.library.register_torch_dispatch(
         f"altgrad::{_name}", FunctionalTensorMode, _inlined(_name, _kernel), lib=library
     )

@@ -5,6 +5,7 @@ in the files of their dispatch keys.
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .checks import (
     check_decode,
     check_dequantize,
     check_encode,
+    check_matmul,
     check_pack,
     check_project,
     check_quantize,
@@ -47,11 +49,12 @@ class Operator(NamedTuple):
     output: Callable[..., Tensor]
     is_pointwise: bool = True
     is_laid_out_like_x: bool = True
+    is_opaque: bool = False  # a node of its own in compiled code too
 
     @property
     def tensors(self) -> int:
-        """How many tensors it takes: its first arguments."""
-        return self.schema.count("Tensor ") + self.schema.count("Tensor? ")
+        """How many of its first arguments are tensors, or None."""
+        return len(list(takewhile(lambda argument: argument.startswith("Tensor"), self.schema[1:].split(", "))))
 
 
 def stochastic(deterministic: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,6 +121,10 @@ def _unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], n])
 
 
+def _product(a: Tensor, b: Tensor, *args: Any) -> Tensor:
+    return a.new_empty([*a.shape[:-1], b.shape[-1]], dtype=torch.float32)
+
+
 OPERATORS = {
     "quantize": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
@@ -148,6 +155,14 @@ OPERATORS = {
     "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),
     "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, False, False),
     "unpack": Operator("(Tensor packed, int bits, SymInt n) -> Tensor", check_unpack, _unpacked, False, False),
+    "matmul": Operator(
+        "(Tensor a, Tensor b, str accumulator, Tensor? a_scale=None, Tensor? b_scale=None) -> Tensor",
+        check_matmul,
+        _product,
+        is_pointwise=False,
+        is_laid_out_like_x=False,
+        is_opaque=True,
+    ),
 }
 
 # The registrations live as long as this object.

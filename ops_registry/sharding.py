@@ -30,6 +30,7 @@ def register() -> None:
     register_sharding(torch.ops.altgrad.amax.default)(_placements_of_amax)
     register_sharding(torch.ops.altgrad.pack.default)(_placements_of_rows)
     register_sharding(torch.ops.altgrad.unpack.default)(_placements_of_rows)
+    register_sharding(torch.ops.altgrad.matmul.default)(_placements_of_matmul)
 
 
 def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:
@@ -67,6 +68,21 @@ def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]
 
     splits = [p for p in x.placements if p.is_shard() and p.dim != x.ndim - 1]
     return [([p], [p, *[None] * len(others)]) for p in (Replicate(), *splits)]
+
+
+def _placements_of_matmul(
+    a: Any, b: Any, accumulator: str, a_scale: Any = None, b_scale: Any = None
+) -> list[tuple[list[Any], list[Any]]]:
+    """Replicated, or split along rows, columns or what is in front of them: a part of a sum is another sum."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def choice(of_a: Any, of_b: Any, result: Any) -> tuple[list[Any], list[Any]]:
+        scales = [None if scale is None else of for scale, of in ((a_scale, of_a), (b_scale, of_b))]
+        return [result], [of_a, of_b, None, *scales]
+
+    whole, rows, columns = Replicate(), Shard(a.ndim - 2), Shard(a.ndim - 1)
+    along_batch = [choice(Shard(dim), Shard(dim), Shard(dim)) for dim in range(a.ndim - 2)]
+    return [choice(whole, whole, whole), choice(rows, whole, rows), choice(whole, columns, columns), *along_batch]
 
 
 def _rule(tensors: int) -> Callable[..., Any]:

@@ -70,8 +70,18 @@ def _unpack(info: Any, in_dims: tuple[int, None, None], packed: Tensor, bits: in
     return torch.ops.altgrad.unpack(packed.movedim(in_dims[0], 0), bits, n), 0
 
 
+def _matmul(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, int]:
+    def stack(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    return torch.ops.altgrad.matmul(*map(stack, (a, b, *args), in_dims)), 0
+
+
 for _name in ("quantize_blocks", "quantize_blocks_stochastic"):
     torch.library.register_vmap(f"altgrad::{_name}", _in_blocks(_name), lib=library)
+torch.library.register_vmap("altgrad::matmul", _matmul, lib=library)
 torch.library.register_vmap("altgrad::pack", _pack, lib=library)
 torch.library.register_vmap("altgrad::unpack", _unpack, lib=library)
 torch.library.register_vmap("altgrad::amax", _amax, lib=library)

@@ -25,6 +25,12 @@ def other_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32 if x.itemsize == 2 else torch.bfloat16
 
 
+def matrix(x):
+    """x as a matrix of a dtype that matmul takes."""
+    x = x.reshape(1, -1) if x.ndim < 2 else x.flatten(0, -2)
+    return x.float() if x.dtype == torch.float64 else x
+
+
 # name -> the arguments for a floating-point x and a scale that broadcasts to it
 SAMPLES = {
     "quantize": lambda x, scale: (x, scale, "E4M3", "none", "toward_zero"),
@@ -47,6 +53,7 @@ SAMPLES = {
     ),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),
+    "matmul": lambda x, scale: (matrix(x), matrix(x).mT, "g4f9e6m7np8"),
     "amax": lambda x, scale: (x.unsqueeze(0), sorted({0, x.ndim})),
 }
 POINTWISE = [name for name, operator in OPERATORS.items() if operator.is_pointwise]

@@ -25,8 +25,9 @@ from conftest import (
 )
 from samples import SAMPLES
 
-from altgrad.quantization import E4M3, E5M2, E7M0, resolve
+from altgrad.quantization import E4M3, E5M2, E7M0, quantize, resolve
 from ops_registry import aten, cuda
+from ops_registry.accumulators import resolve_accumulator
 from ops_registry.arithmetic import code_dtype
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 from ops_registry.operators import OPERATORS
@@ -242,6 +243,27 @@ def test_interpreted_dtypes_and_random_bits(f):
         for name in ("quantize_stochastic", "encode_stochastic"):
             arguments = x, one, bits, f.name
             assert_same_bits(cuda.KERNELS[name](*arguments), aten.FORMULAS[name](*arguments), x)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "accumulator", ["HOPPER_FP8_FAST", "HOPPER_FP8", "HOPPER_BF16", "e5m10n", "g4f3e5m4np8", "g8f9e8m12zx8(E2M1,E2M1)"]
+)
+def test_interpreted_products(accumulator, monkeypatch):
+    """Tiles that are not full, subnormal operands, infinities and NaN, batches."""
+    from ops_registry import cuda_products, products
+
+    monkeypatch.setattr(cuda_products, "TILE", 16)
+    rule, generator = resolve_accumulator(accumulator), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) * 2.0**-4 for shape in ((2, 17, 40), (2, 40, 5)))
+    a, b = (quantize(x, f or "BF16") for x, f in zip((a, b), rule.formats, strict=True))
+    if rule.scaled is None:
+        a[0, 0, 0], b[1, 3, 2] = torch.nan, torch.inf if rule.formats[1] is None else torch.nan
+    scales = [torch.full((2, 17, 5), 0.5), torch.full((2, 5, 5), 3.0)] if rule.scaled else [None, None]
+    got = torch.empty(2, 17, 5)
+    cuda_products.launch(*products.factors(a, b, rule, *scales), got, rule)
+    assert_same_bits(got, altgrad.matmul(a, b, accumulator, *scales))
 
 
 @interpreted

@@ -21,6 +21,14 @@ enum {
     LONG_RUN = 128 /* elements that are worth a turn of their own for sharing a scale */
 };
 
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 #define FLOAT float
 #define INT int32_t
 #define UINT uint32_t
@@ -43,6 +51,7 @@ static void wide_encode(const struct plan *p, const double *values, void *codes,
 static void wide_decode(const struct plan *p, const void *codes, double *values, int64_t n);
 
 #include "loops.h"
+#include "matmul.h"
 #undef FLOAT
 #undef INT
 #undef UINT
@@ -65,6 +74,7 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 #include "round.h"
 #include "nearest.h"
 #include "loops.h"
+#include "matmul.h"
 #include "wide.h"
 
 #define JOIN(a, b) a##b
@@ -130,5 +140,15 @@ void FOR_TARGET(altgrad_range_, TARGET)(int64_t begin, int64_t end, void *call) 
     const struct call *c = call;
     const environment caller = enter_default();
     (c->plan->is_double ? range64 : range32)(c, begin, end);
+    leave_default(caller);
+}
+
+/* Tiles begin to end of a struct product. */
+void FOR_TARGET(altgrad_matmul_, TARGET)(int64_t begin, int64_t end, void *product) {
+    const struct product *p = product;
+    const environment caller = enter_default();
+    for (; begin < end; begin++) {
+        (p->is_double ? product_panel64 : product_panel32)(p, begin);
+    }
     leave_default(caller);
 }

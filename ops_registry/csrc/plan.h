@@ -64,4 +64,17 @@ struct words {
     uint32_t *out;
 };
 
+/* A matrix product by ops_registry/products.py: [batch, size, rows] times [batch, panels, size, PANEL]. */
+struct product {
+    int64_t batch, rows, size, columns;
+    const void *a, *b; /* double where is_double, else float */
+    const int32_t *a_exponents, *b_exponents;
+    float *out;
+    int64_t group, block, promotion;  /* products: of a group, of a term, until promoted (0: never) */
+    int32_t is_double, fraction_bits; /* -1: a chain */
+    int32_t least_exponent;           /* to which terms are aligned */
+    int32_t mantissa_bits, min_exponent, limit_exponent, is_truncated; /* of what is kept; 2^limit is infinite */
+};
+enum { PANEL = 16, ROWS = 32 }; /* columns that lie side by side in b, and rows that they are read for at once */
+
 #endif
