@@ -1,10 +1,13 @@
 """Layouts: an output lies as ``torch.empty_like(x)`` does, and a scale is walked as it broadcasts."""
 
 from collections.abc import Callable, Iterable
+from functools import cmp_to_key
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .modes import SEED
 
 
 def with_layout_of_input(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -15,6 +18,49 @@ def with_layout_of_input(formula: Callable[..., Tensor]) -> Callable[..., Tensor
         return torch.empty_like(x, dtype=result.dtype).copy_(result)
 
     return kernel
+
+
+def in_order_of_memory(formula: Callable[..., Tensor], check: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The formula of a pointwise operator on x with its dimensions in the order of memory.
+
+    For Inductor, which fails on the CPU where one kernel walks a tensor and its transpose as blocks. check raises for
+    arguments in the order in which they were given.
+    """
+
+    def kernel(x: Tensor, *args: Any) -> Tensor:
+        order = order_in_memory(x)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if order == list(range(x.ndim)) or any(t.dtype == SEED for t in tensors):  # a seed counts in row-major order
+            return formula(x, *args)
+        check(x, *args)
+        ordered = [in_order(arg, order) if isinstance(arg, Tensor) and arg.ndim else arg for arg in args]
+        return in_order(formula(in_order(x, order), *ordered), inverse(order))
+
+    return kernel
+
+
+def order_in_memory(x: Tensor) -> list[int]:
+    """The dimensions of x from the largest stride to the smallest; those that a compiler cannot compare stay."""
+
+    def compare(a: int | torch.SymInt, b: int | torch.SymInt) -> int:
+        return is_known(b > a) - is_known(a > b)
+
+    def is_known(larger: bool | torch.SymBool) -> bool:
+        if isinstance(larger, bool):
+            return larger
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(larger)
+
+    return sorted(range(x.ndim), key=lambda dim: cmp_to_key(compare)(x.stride(dim)))
+
+
+def inverse(order: list[int]) -> list[int]:
+    """The order that takes the dimensions back."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def in_order(t: Tensor, order: list[int]) -> Tensor:
+    """t, which broadcasts to a tensor of dimensions in order, with its own permuted so."""
+    return t[(None,) * (len(order) - t.ndim)].permute(order)
 
 
 def strides_over(ndim: int, shape: Iterable[int], strides: Iterable[int]) -> list[int]:

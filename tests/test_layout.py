@@ -1,13 +1,17 @@
 """The output is laid out as torch.empty_like(x): eager, fake and compiled, also where opcheck cannot look."""
 
 import functools
+import itertools
 import random
 
 import pytest
 import torch
 from conftest import assert_same_bits
-from samples import LAID_OUT_LIKE_X, SAMPLES
+from samples import LAID_OUT_LIKE_X, POINTWISE, SAMPLES
 from torch._subclasses import FakeTensorMode
+
+from ops_registry import aten
+from ops_registry.layout import inverse
 
 ag = torch.ops.altgrad
 
@@ -51,6 +55,40 @@ def test_eager_and_fake(seed, device):
             fake_x, fake_scale = mode.from_tensor(x), mode.from_tensor(scale)
             for first, call in calls(fake_x, fake_scale):
                 assert call().stride() == torch.empty_like(first).stride()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_formulas_walk_in_the_order_of_memory(seed):
+    """With scales and random bits permuted alike: the bits and the layout that the kernels in C give."""
+    rng = random.Random(200 + seed)
+    torch.manual_seed(seed)
+    for _ in range(20):
+        x, scale = random_layout(rng)
+        for name in POINTWISE:
+            args = SAMPLES[name](x, scale)
+            want, got = getattr(ag, name)(*args), aten.KERNELS[name](*args)
+            assert got.stride() == want.stride() == torch.empty_like(args[0]).stride()
+            assert_same_bits(got, want, x)
+
+
+@pytest.mark.parametrize("name", ["quantize_stochastic", "encode_stochastic", "project_stochastic"])
+def test_formulas_count_in_row_major_order(name):
+    """From a seed the bits of an element follow from its index, wherever it lies."""
+    x, scale, seed = torch.randn(5, 3, 4) * 3, torch.rand(3, 1) + 0.5, torch.tensor(2026)
+    want = aten.KERNELS[name](x, scale, seed, "E2M1")
+    for order in itertools.permutations(range(3)):
+        moved = x.permute(order).contiguous().permute(inverse(order))
+        assert_same_bits(aten.KERNELS[name](moved, scale, seed, "E2M1"), want, x)
+        assert_same_bits(getattr(ag, name)(moved, scale, seed, "E2M1"), want, x)
+
+
+def test_formulas_name_shapes_as_they_were_given():
+    x = torch.randn(4, 3).t()
+    with pytest.raises(ValueError) as of_formula:
+        aten.KERNELS["quantize"](x, torch.ones(4, 3), "E5M2")
+    with pytest.raises(ValueError) as of_kernel:
+        ag.quantize(x, torch.ones(4, 3), "E5M2")
+    assert str(of_formula.value) == str(of_kernel.value)
 
 
 def to_device(tensor):
