@@ -23,7 +23,7 @@ class BlockAdam(torch.optim.Optimizer):
     """Adam with its first moment in E4M3 and its second in UE5M3, whose range is the square of E4M3's.
 
     Where gradients are steady a step changes the second moment by less than a thousandth, far less than half the
-    distance of two values: rounded to the nearest it would stay. Stochastic rounding moves it so that the mean is right.
+    distance of two values: rounded to the nearest it would stay. Stochastic rounding moves it, right in the mean.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
