@@ -22,15 +22,35 @@ def register() -> None:
     """Registers the rules; first_use.py calls it once DTensor is imported."""
     from torch.distributed.tensor.experimental import register_sharding
 
-    for name, operator in OPERATORS.items():
-        if operator.is_pointwise:
-            register_sharding(getattr(torch.ops.altgrad, name).default)(_rule(operator.tensors))
-    for op in (torch.ops.altgrad.quantize_blocks, torch.ops.altgrad.quantize_blocks_stochastic):
-        register_sharding(op.default)(_placements_of_blocks)
-    register_sharding(torch.ops.altgrad.amax.default)(_placements_of_amax)
-    register_sharding(torch.ops.altgrad.pack.default)(_placements_of_rows)
-    register_sharding(torch.ops.altgrad.unpack.default)(_placements_of_rows)
-    register_sharding(torch.ops.altgrad.matmul.default)(_placements_of_matmul)
+    rules: dict[str, Callable[..., Any]] = {
+        name: _rule(operator.tensors) for name, operator in OPERATORS.items() if operator.is_pointwise
+    }
+    rules |= {
+        "quantize_blocks": _placements_of_blocks,
+        "quantize_blocks_stochastic": _placements_of_blocks,
+        "amax": _placements_of_amax,
+        "pack": _placements_of_rows,
+        "unpack": _placements_of_rows,
+        "matmul": _placements_of_matmul,
+    }
+    for name, rule in rules.items():
+        op = getattr(torch.ops.altgrad, name).default
+        register_sharding(op)(rule)
+        _distinguish_lists(op)
+
+
+def _distinguish_lists(op: Any) -> None:
+    """Makes lists of integers part of what DTensor keeps a decision under.
+
+    register_sharding looks for integers alone, and the decision for one list served every other one: wrong bits.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+
+    lists = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "List[int]"]
+    if lists:
+        known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+        known[op] = RuntimeSchemaInfo(static_argnum=lists[0], needs_pytree=True)
 
 
 def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:
@@ -111,6 +131,34 @@ def _rule(tensors: int) -> Callable[..., Any]:
         return choices
 
     return placements
+
+
+def whole(t: Tensor) -> Tensor:
+    """A DTensor as the plain tensor that all ranks agree on; any other tensor as it is."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def with_whole_blocks(x: Any, block: list[int]) -> Any:
+    """A DTensor gathered along the dimensions where its parts would split a block; any other tensor as it is."""
+    if not hasattr(x, "placements"):
+        return x
+    from torch.distributed.tensor import Replicate
+
+    def splits(p: Any) -> bool:
+        return hasattr(p, "dim") and block[p.dim] > 1 and x.shape[p.dim] % (block[p.dim] * x.device_mesh.size()) != 0
+
+    placements = tuple(Replicate() if splits(p) else p for p in x.placements)
+    return x if placements == x.placements else x.redistribute(placements=placements)
+
+
+def largest_over_parts(of_part: Callable[[Tensor], Tensor], t: Any) -> Tensor:
+    """of_part(t); for a DTensor the elementwise maximum of the plain of_part of each rank's part."""
+    if not hasattr(t, "placements"):
+        return of_part(t)
+    from torch.distributed.tensor import DTensor, Partial
+
+    placements = [Partial("max")] * t.device_mesh.ndim
+    return DTensor.from_local(of_part(t.to_local()), t.device_mesh, placements, run_check=False).full_tensor()
 
 
 def random_bits_like(x: Any, seed: Tensor) -> Any:

@@ -25,8 +25,21 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from altgrad.quantization import dequantize, quantize
+from altgrad.quantization import (
+    AmaxHistory,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    bit_stall,
+    compute_scale,
+    dequantize,
+    quantization_stats,
+    quantize,
+    quantize_blocks,
+)
+from altgrad.quantization.scaling import METHODS
 from altgrad.simulation import simulate
+from ops_registry.modes import POWER_OF_TWO_RULES
 from ops_registry.operators import OPERATORS
 
 DEVICE = sys.argv[2] if len(sys.argv) > 2 else "cpu"
@@ -148,6 +161,55 @@ def a_seed_counts_the_elements_of_the_whole(size):
     got = quantize(distribute_tensor(x, meshes(size)[0], [Shard(0)]), "E2M1", rounding="stochastic")
     torch.manual_seed(0)
     assert_same_bits(got.full_tensor(), quantize(x, "E2M1", rounding="stochastic"))
+
+
+GRANULARITIES = [
+    *(PerTensor(), PerAxis(0), PerAxis(-1), PerAxis((0, 1)), PerBlock(4), PerBlock(3), PerBlock((3, 5))),
+    *(PerBlock((2, 4)), PerBlock({0: 3}), PerBlock({0: 2}), PerBlock((16, 32))),
+]
+SCALES = [{"method": method} for method in METHODS] + [{"power_of_two": rule} for rule in POWER_OF_TWO_RULES]
+SCALES += [{"scale_format": "E4M3"}, {"scale_format": "E5M2", "tensor_scale": False}]
+
+
+@case
+def scales_of_every_granularity_and_rule(size):
+    """The scale of a group is that of all its elements, wherever they lie."""
+    x, mesh = randn(8, 12) * 7, meshes(size)[0]
+    parts = [distribute_tensor(x, mesh, [placement]) for placement in PLACEMENTS]
+    for options, granularity in itertools.product(SCALES if size == 2 else SCALES[1::4], GRANULARITIES):
+        options = options | {"format": "E2M1", "granularity": granularity}
+        for f in (compute_scale, functools.partial(compute_scale, compact=True), quantize_blocks):
+            want = f(x, **options)
+            for part in parts:
+                got = full(f(part, **options))
+                if not torch.equal(got, want):
+                    raise AssertionError(f"{f} by {options} of {part.placements}: got {got}, want {want}")
+
+
+@case
+def statistics_of_the_whole(size):
+    x, g = randn(7, 10) * 3, randn(7, 10, seed=1)
+    want, stalled = quantization_stats(x, "E4M3", 0.37), bit_stall(x, g, 0.1, "E4M3", 0.37)
+    for mesh in meshes(size):
+        for placements in itertools.product(PLACEMENTS, repeat=mesh.ndim):
+            part, part_of_g = (distribute_tensor(t, mesh, placements) for t in (x, g))
+            got = quantization_stats(part, "E4M3", 0.37)
+            assert not any(isinstance(value, DTensor) for value in got)
+            assert_same_bits(torch.stack([*got[:4], got.used_bits]), torch.stack([*want[:4], want.used_bits]))
+            assert abs(got.sqnr - want.sqnr) < 1e-12 * want.sqnr  # a sum of float64 in another order
+            assert_same_bits(bit_stall(part, part_of_g, 0.1, "E4M3", 0.37), stalled)
+
+
+@case
+def history_of_the_whole(size):
+    for placement in PLACEMENTS:
+        plain, split = AmaxHistory("E4M3", length=3).to(DEVICE), AmaxHistory("E4M3", length=3).to(DEVICE)
+        for step in range(4):
+            x = randn(7, 10, seed=step) * 5**step
+            part = distribute_tensor(x, meshes(size)[0], [placement])
+            got, want = quantize(part, "E4M3", split(part)), quantize(x, "E4M3", plain(x))
+            assert_same_bits(got.full_tensor(), want)
+        assert_same_bits(split.history, plain.history)
 
 
 @case

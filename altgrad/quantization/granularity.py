@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops_registry.sharding import with_whole_blocks
+
 # (view of x, dims, *views of others) -> result: the elements of the view along dims share a scale, and the result
 # broadcasts to it. Each of the others has x's shape, or one element for all that share a scale.
 GroupFunction = Callable[..., Tensor]
@@ -96,6 +98,8 @@ class PerBlock:
 
         Without a copy if the sizes divide x's and f's result is dense.
         """
+        block = self.block(x)
+        x, *others = (with_whole_blocks(t, block) if t.shape == x.shape else t for t in (x, *others))
         view, views = x, list(others)
         dims: list[int] = []
         for dim, size in self.by_dim(x.ndim):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ops_registry.checks import check_tensor
 from ops_registry.scales import as_scale
+from ops_registry.sharding import whole
 
 from .formats import FP8Format, resolve
 from .granularity import PerTensor
@@ -83,7 +84,7 @@ class AmaxHistory(torch.nn.Module):
     def record(self, x: Tensor) -> None:
         """Puts the amax of x first in the history and drops the oldest."""
         check_tensor("x", x)
-        new = PerTensor().apply(amax, x.detach()).reshape(1).to(self.history.dtype)
+        new = whole(PerTensor().apply(amax, x.detach())).reshape(1).to(self.history.dtype)
         new = torch.where(new < math.inf, new, self.history[:1])  # also for NaN
         if self.reduce and dist.is_available() and dist.is_initialized():
             dist.all_reduce(new, dist.ReduceOp.MAX, group=self.process_group)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
+from ops_registry.sharding import with_whole_blocks
 
 
 def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -19,6 +20,7 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     Between two order statistics it interpolates in float64, as numpy's ``quantile`` of a float64 array does.
     """
     kept = [dim for dim in range(x.ndim) if dim not in dims]
+    x = with_whole_blocks(x, [size if dim in dims else 1 for dim, size in enumerate(x.shape)])
     rows = x.permute(*kept, *dims).flatten(len(kept))
     if _is_static(rows.shape[-1]) and rows.shape[-1] == 0:
         return amax(x, dims)

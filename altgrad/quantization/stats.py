@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ops_registry.arithmetic import divide
 from ops_registry.checks import check_tensor
+from ops_registry.sharding import largest_over_parts, whole
 
 from .formats import FP8Format, resolve
 from .ops import encode, quantize
@@ -49,7 +50,7 @@ def sqnr(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     x, y = x.detach().double(), y.detach().double()
-    return 10 * (x.square().sum() / (x - y).square().sum()).log10()
+    return 10 * (whole(x.square().sum()) / whole((x - y).square().sum())).log10()
 
 
 def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float = 1.0) -> QuantizationStats:
@@ -86,11 +87,13 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
     q = divide(x, scale).abs()
     limit = (f.max_representable_value + f.overflow_value) / 2  # a tie goes to the even code
     magnitude = codes & (f.sign_code - 1)
-    is_used = torch.zeros(2**f.bits, dtype=torch.bool, device=x.device)
-    is_used = is_used.index_fill(0, codes.flatten().long(), True)
+
+    def used(codes: Tensor) -> Tensor:
+        is_used = torch.zeros(2**f.bits, device=codes.device)
+        return is_used.index_fill(0, codes.flatten().long(), 1.0)
 
     def share(condition: Tensor) -> Tensor:
-        return condition.mean(dtype=torch.float64)
+        return whole(condition.sum(dtype=torch.float64)) / condition.numel()
 
     return QuantizationStats(
         clipped=share((q >= limit) if f.max_code % 2 else (q > limit)),
@@ -98,7 +101,7 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
         subnormal=share((magnitude > 0) & (magnitude < 1 << f.mantissa_bits)),
         exact=share(y == x),
         sqnr=sqnr(x, y),
-        used_bits=is_used.sum().double().log2(),
+        used_bits=largest_over_parts(used, codes).sum().double().log2(),
     )
 
 
@@ -128,4 +131,4 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
         check_tensor(name, tensor)
     w, g = w.detach(), g.detach()
     is_same = encode(w - lr * g, format, scale) == encode(w, format, scale)
-    return (is_same & (g != 0)).mean(dtype=torch.float64)
+    return whole((is_same & (g != 0)).sum(dtype=torch.float64)) / w.numel()

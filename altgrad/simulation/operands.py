@@ -16,6 +16,7 @@ from ops_registry.aten import split
 from ops_registry.blocks import blocked, unblocked
 from ops_registry.philox import random_bits
 from ops_registry.scales import as_scale, block_level
+from ops_registry.sharding import whole
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerTensor
@@ -154,7 +155,7 @@ def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
         return Scales(fixed, None, None if rule.scale == 1 else fixed)
     if rule.history:
         if state.amax is not None:
-            state.amax.copy_(torch.maximum(state.amax, _whole(amax(view, dims)).reshape(())))
+            state.amax.copy_(torch.maximum(state.amax, whole(amax(view, dims)).reshape(())))
         assert state.scale is not None
         return Scales(state.scale, None, state.scale)
     statistic = percentile(view, dims, rule.fraction) if rule.method == "percentile" else amax(view, dims)
@@ -168,11 +169,6 @@ def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
     if rule.per == "tensor":
         return Scales(divisor.reshape(()), None, divisor.reshape(()))
     return Scales(divisor, None, divisor) if rule.per == "row" else Scales(divisor, divisor, None)
-
-
-def _whole(t: Tensor) -> Tensor:
-    """A DTensor as the plain tensor that all ranks agree on."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:
