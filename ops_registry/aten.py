@@ -302,6 +302,7 @@ FORMULAS = with_twins(
         "decode": decode,
         "dequantize": dequantize,
         "quantize_blocks": blocks.quantize_blocks,
+        "quantize_operand": blocks.quantize_operand,
         "amax": amax,
         "pack": packing.pack,
         "unpack": packing.unpack,

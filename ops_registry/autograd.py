@@ -81,23 +81,6 @@ def _unscale_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
     return divide(tangent, *ctx.saved_tensors).to(dtype)
 
 
-def _unscale_blocks(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-    return (_unscaled_blocks(ctx, grad),)
-
-
-def _unscaled_blocks(ctx: Any, grad: Tensor) -> Tensor:
-    """Straight through, but for the scale of the tensor where values come without it."""
-    if not any(option is True for option in ctx.options):
-        return grad
-    (tensor_scale,) = ctx.saved_tensors
-    return grad if tensor_scale is None else divide(grad, tensor_scale).to(grad.dtype)
-
-
-def _unscale_blocks_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
-    dtype = next((option for option in ctx.options if isinstance(option, torch.dtype)), tangent.dtype)
-    return _unscaled_blocks(ctx, tangent).to(dtype).view_as(tangent)
-
-
 def _scaled(x: Tensor, scale: Tensor | None, dim: int, rule: Accumulator) -> Tensor:
     if scale is None or rule.scaled is None:
         return x
@@ -141,8 +124,8 @@ RULES = {
     "quantize_gradient_stochastic": Rule(_quantize_stochastic, _view, _SCALE_AND_BITS),
     "project": Rule(_unscale, _unscale_to_dtype, _SCALE),
     "project_stochastic": Rule(_unscale, _unscale_to_dtype, _SCALE),
-    "quantize_blocks": Rule(_unscale_blocks, _unscale_blocks_to_dtype, _SCALE),
-    "quantize_blocks_stochastic": Rule(_unscale_blocks, _unscale_blocks_to_dtype, _SCALE),
+    "quantize_blocks": Rule(_alias, _view),
+    "quantize_blocks_stochastic": Rule(_alias, _view),
     "dequantize": Rule(_rescale, _rescaled, _SCALE),
     "encode": Rule(_none, _no_tangent),
     "encode_stochastic": Rule(_none, _no_tangent),
@@ -219,6 +202,11 @@ def _register_kernel(name: str, rule: Rule) -> None:
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
+
+# Without gradients, these need no Python on the way to their kernel, which costs as much as the launch of one.
+WITHOUT_GRADIENTS = "quantize_operand", "quantize_operand_stochastic"
+for _name in WITHOUT_GRADIENTS:
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 for _name, _rule in RULES.items():
     (_register_kernel if SERVES_TRANSFORMS else _register_public)(_name, _rule)

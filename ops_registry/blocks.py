@@ -1,21 +1,26 @@
 """Quantization by scales that are made of the blocks themselves, composed of the other operators.
 
+quantize_blocks multiplies values by their scales; quantize_operand leaves out that of the tensor, for a product to be
+multiplied by, and has no gradient: it is for the inside of a Function.
+
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .arithmetic import compute_dtype
-from .checks import check_quantize_blocks
+from .checks import check_quantize_operand
 from .formats import FP8Format, resolve
 from .modes import SEED
 from .philox import random_bits as bits_of
 from .scales import as_power_of_two, as_scale, block_level
 
 
-def quantize_blocks(
+def quantize_operand(
     x: Tensor,
     tensor_scale: Tensor | None,
     format: str,
@@ -25,20 +30,20 @@ def quantize_blocks(
     power_of_two: str | None = None,
     scale_format: str | None = None,
     headroom: float = 1.0,
-    without_tensor_scale: bool = False,
     dtype: torch.dtype | None = None,
     random_bits: Tensor | None = None,
+    with_tensor_scale: bool = False,
 ) -> Tensor:
-    options = block, power_of_two, scale_format, headroom, without_tensor_scale, dtype
-    f = check_quantize_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits)
-    view, dims = blocked(x, block)
+    options = block, power_of_two, scale_format, headroom, dtype, random_bits
+    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
+    view, dims = blocked(x.detach(), block)
     if random_bits is not None and (random_bits.dtype != SEED or view.numel() != x.numel()):
         bits = bits_of(random_bits, x.shape) if random_bits.dtype == SEED else random_bits
         random_bits, _ = blocked(bits, block)
     largest = torch.ops.altgrad.amax(view, dims)
     if headroom != 1:
         largest = largest * headroom
-    divisor, multiplier = scales(largest, tensor_scale, f, power_of_two, scale_format, without_tensor_scale)
+    divisor, multiplier = scales(largest, tensor_scale, f, power_of_two, scale_format, with_tensor_scale)
     modes = (saturation, rounding) if random_bits is None else (saturation,)
     tensors = (view, divisor) if random_bits is None else (view, divisor, random_bits)
     twin = "" if random_bits is None else "_stochastic"
@@ -50,19 +55,22 @@ def quantize_blocks(
     return unblocked(values, x, block)
 
 
+quantize_blocks = partial(quantize_operand, with_tensor_scale=True)
+
+
 def scales(
     largest: Tensor,
     tensor_scale: Tensor | None,
     format: FP8Format,
     power_of_two: str | None,
     scale_format: str | None,
-    without_tensor_scale: bool,
+    with_tensor_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """What the elements of groups with these largest magnitudes are divided by, and what values are multiplied by."""
     if tensor_scale is not None:
         level = block_level(largest, format, resolve(scale_format), tensor_scale)
         divisor = level * tensor_scale
-        return divisor, level if without_tensor_scale else divisor
+        return divisor, divisor if with_tensor_scale else level
     if power_of_two is not None:
         divisor = as_power_of_two(largest, format, power_of_two)
     else:

@@ -83,7 +83,7 @@ def _check_result(dtype: torch.dtype | None, x: Tensor) -> None:
         raise TypeError(f"dtype must be float64 for float64 x, else float16, bfloat16 or float32, got {dtype}")
 
 
-def check_quantize_blocks(
+def check_quantize_operand(
     x: Tensor,
     tensor_scale: Tensor | None,
     format: str,
@@ -93,11 +93,10 @@ def check_quantize_blocks(
     power_of_two: str | None = None,
     scale_format: str | None = None,
     headroom: float = 1.0,
-    without_tensor_scale: bool = False,
     dtype: torch.dtype | None = None,
     random_bits: Tensor | None = None,
 ) -> FP8Format:
-    """Checks the arguments of quantize_blocks; returns the format."""
+    """Checks the arguments of quantize_operand, and of quantize_blocks; returns the format."""
     _check_floating("x", x)
     _check_modes(x, saturation, rounding, random_bits)
     _check_result(dtype, x)

@@ -4,7 +4,7 @@ Triton is imported when the first CUDA tensor arrives. Where it is missing, and 
 come down to four nested runs of elements, the aten formulas serve.
 """
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from math import gcd, prod
 from types import ModuleType
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import aten, blocks, products
 from .arithmetic import code_dtype
-from .checks import check_decode, check_encode, check_matmul, check_project, check_quantize, check_quantize_blocks
+from .checks import check_decode, check_encode, check_matmul, check_project, check_quantize, check_quantize_operand
 from .formats import FP8Format, resolve
 from .layout import strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
@@ -237,7 +237,7 @@ def matmul(
     return out
 
 
-def quantize_blocks(
+def quantize_operand(
     x: Tensor,
     tensor_scale: Tensor | None,
     format: str,
@@ -247,29 +247,29 @@ def quantize_blocks(
     power_of_two: str | None = None,
     scale_format: str | None = None,
     headroom: float = 1.0,
-    without_tensor_scale: bool = False,
     dtype: torch.dtype | None = None,
     random_bits: Tensor | None = None,
+    with_tensor_scale: bool = False,
 ) -> Tensor:
-    options = block, power_of_two, scale_format, headroom, without_tensor_scale, dtype
-    f = check_quantize_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits)
+    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, random_bits
+    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
     out = torch.empty_like(x, dtype=dtype)
     g = None if scale_format is None else resolve(scale_format)
     is_counted = random_bits is not None and random_bits.dtype == SEED
     tiling = tiling_of(out.shape, out.stride(), tuple(block), is_counted)
     module = kernels("cuda_blocks")
     if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        formula = blocks.quantize_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits)
-        return out.copy_(formula)
+        modes = format, saturation, rounding
+        return out.copy_(blocks.quantize_operand(x, tensor_scale, *modes, *options, with_tensor_scale))
     if tensor_scale is None:
         tensor_scale = x  # not looked at
     elif tensor_scale.get_device() != out.get_device():
         tensor_scale = torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=out.device)
     random_bits = out if random_bits is None else random_bits
     random_bits = random_bits if is_counted else in_order_of(out, random_bits)
-    constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, without_tensor_scale)
+    constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, with_tensor_scale)
     tensors = [in_order_of(out, x), tensor_scale, random_bits, out]
-    start(module.quantize_blocks_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options)
+    start(module.quantize_operand_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options)
     return out
 
 
@@ -279,7 +279,8 @@ KERNELS = with_twins(
         "project": project,
         "encode": encode,
         "decode": decode,
-        "quantize_blocks": quantize_blocks,
+        "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
+        "quantize_operand": quantize_operand,
         "matmul": matmul,
     }
 )

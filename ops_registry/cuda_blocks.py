@@ -1,4 +1,4 @@
-"""quantize_blocks in Triton: one pass over x, in which a program finds the scales of its blocks and applies them.
+"""quantize_blocks and quantize_operand in Triton: one pass over x, in which a program finds scales and applies them.
 
 Steps: the largest magnitude, its scale, then those of cuda_kernels.py: divide, round, saturate, multiply. x is a matrix
 in memory, or a stack of them, with blocks of ``height`` times ``width``. A program takes ``high`` times ``wide`` blocks
@@ -113,7 +113,7 @@ def span(first, count: tl.constexpr, room: tl.constexpr, size: tl.constexpr, n, 
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
-def quantize_blocks_kernel(
+def quantize_operand_kernel(
     x_ptr, tensor_scale_ptr, random_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
     tiles_across: tl.int64, step_out: tl.int64, step_down: tl.int64, step_across: tl.int64, tile: tl.constexpr,
     format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
@@ -151,7 +151,7 @@ def quantize_blocks_kernel(
         tensor_scale = tl.load(tensor_scale_ptr)
         level = block_level(amax, tensor_scale, max_value, scale_format)
         divisor = level * tensor_scale
-        multiplier = level if scaling.without_tensor_scale else divisor
+        multiplier = divisor if scaling.with_tensor_scale else level
     else:
         divisor = as_power_of_two(amax, max_value, scaling) if scaling.is_power else as_scale(amax, max_value, scaling)
         multiplier = divisor

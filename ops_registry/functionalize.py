@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from .aten import FORMULAS, KERNELS, project_to, quantize, with_sign_of_portable
-from .operators import OPERATORS, library, with_twins
+from .operators import IN_BLOCKS, OPERATORS, library, with_twins
 
 # Where a kernel of their own takes less of a GPU's time than what Inductor makes of the formula, which reads x twice
 # and, for blocks along columns, in an order that memory is slow in.
-OPAQUE_ON_CUDA = "quantize_blocks", "quantize_blocks_stochastic"
+OPAQUE_ON_CUDA = IN_BLOCKS
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 
 

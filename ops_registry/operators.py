@@ -21,7 +21,7 @@ from .checks import (
     check_pack,
     check_project,
     check_quantize,
-    check_quantize_blocks,
+    check_quantize_operand,
     check_unpack,
 )
 from .formats import resolve
@@ -32,8 +32,10 @@ _ROUNDING = f'str rounding="{ROUNDINGS[0]}"'
 _DETERMINISTIC = f"(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor"
 _STOCHASTIC = f"(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor"
 _TO_DTYPE = ", ScalarType? dtype=None) -> Tensor"
-_BLOCKS = (
-    "int[] block, str? power_of_two=None, str? scale_format=None, float headroom=1.0, bool without_tensor_scale=False"
+_BLOCKS = "int[] block, str? power_of_two=None, str? scale_format=None, float headroom=1.0"
+_IN_BLOCKS = f"(Tensor x, Tensor? tensor_scale, str format, str saturation, str rounding, {_BLOCKS}) -> Tensor"
+_IN_BLOCKS_STOCHASTIC = (
+    f"(Tensor x, Tensor? tensor_scale, Tensor random_bits, str format, str saturation, {_BLOCKS}) -> Tensor"
 )
 
 
@@ -103,9 +105,8 @@ def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None
     return torch.empty_like(codes, dtype=dtype or torch.float32)
 
 
-def _quantized(x: Tensor, tensor_scale: Tensor | None, *args: Any, **random_bits: Any) -> Tensor:
-    dtype = next((argument for argument in args if isinstance(argument, torch.dtype)), None)
-    return torch.empty_like(x, dtype=dtype)
+def _operand(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x, dtype=next((a for a in args if isinstance(a, torch.dtype)), None))
 
 
 def _reduced(x: Tensor, dims: list[int]) -> Tensor:
@@ -140,16 +141,17 @@ OPERATORS = {
         "(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor", check_decode, _values
     ),
     "dequantize": Operator("(Tensor x, Tensor scale) -> Tensor", check_dequantize, _like_x),
-    "quantize_blocks": Operator(
-        f"(Tensor x, Tensor? tensor_scale, str format, str saturation, str rounding, {_BLOCKS}{_TO_DTYPE}",
-        check_quantize_blocks,
-        _quantized,
-        is_pointwise=False,
-    ),
+    "quantize_blocks": Operator(_IN_BLOCKS, check_quantize_operand, _like_x, is_pointwise=False),
     "quantize_blocks_stochastic": Operator(
-        f"(Tensor x, Tensor? tensor_scale, Tensor random_bits, str format, str saturation, {_BLOCKS}{_TO_DTYPE}",
-        stochastic(check_quantize_blocks),
-        stochastic(_quantized),
+        _IN_BLOCKS_STOCHASTIC, stochastic(check_quantize_operand), _like_x, is_pointwise=False
+    ),
+    "quantize_operand": Operator(
+        _IN_BLOCKS.replace(") -> Tensor", _TO_DTYPE), check_quantize_operand, _operand, is_pointwise=False
+    ),
+    "quantize_operand_stochastic": Operator(
+        _IN_BLOCKS_STOCHASTIC.replace(") -> Tensor", _TO_DTYPE),
+        stochastic(check_quantize_operand),
+        _operand,
         is_pointwise=False,
     ),
     "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),
@@ -164,6 +166,8 @@ OPERATORS = {
         is_opaque=True,
     ),
 }
+
+IN_BLOCKS = [name for name in OPERATORS if name.startswith(("quantize_blocks", "quantize_operand"))]
 
 # The registrations live as long as this object.
 library = torch.library.Library("altgrad", "FRAGMENT")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import OPERATORS
+from .operators import IN_BLOCKS, OPERATORS
 from .philox import random_words
 
 
@@ -25,9 +25,8 @@ def register() -> None:
     rules: dict[str, Callable[..., Any]] = {
         name: _rule(operator.tensors) for name, operator in OPERATORS.items() if operator.is_pointwise
     }
+    rules |= dict.fromkeys(IN_BLOCKS, _placements_of_blocks)
     rules |= {
-        "quantize_blocks": _placements_of_blocks,
-        "quantize_blocks_stochastic": _placements_of_blocks,
         "amax": _placements_of_amax,
         "pack": _placements_of_rows,
         "unpack": _placements_of_rows,

@@ -10,8 +10,10 @@ from .formats import FP8Format
 Size = tuple[int, ...]
 
 TILE = 4096  # elements of a program, where its blocks are not larger
+PER_WARP = 1024  # elements of 32 threads
+# Of a program of columns, whose threads have eight columns each: fewer of them share a scale, which each one finds.
+COLUMNS_TILE, COLUMNS_PER_WARP, COLUMNS_ACROSS = 2048, 2048, 64
 MAX_BLOCK = 16384  # the largest block, of sizes that are powers of two, that a program holds
-PER_WARP = 1024  # elements
 ACROSS = 128  # columns of a tile of several rows
 _LARGEST = (2.0 - 2.0**-23) * 2.0**127
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
@@ -55,7 +57,7 @@ class Scaling(NamedTuple):
     """How a scale follows from the largest magnitude, in the numbers of scales.py."""
 
     headroom: float
-    without_tensor_scale: bool
+    with_tensor_scale: bool
     most: float
     is_power: bool
     by_quotient: bool
@@ -102,9 +104,11 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     if height_room * width_room > MAX_BLOCK:
         return None
     across, down = -(-m.columns // m.width), -(-m.rows // m.height)
-    columns = TILE if m.height == 1 else ACROSS
+    is_columns = m.width == 1 < m.height
+    elements, per_warp = (COLUMNS_TILE, COLUMNS_PER_WARP) if is_columns else (TILE, PER_WARP)
+    columns = COLUMNS_ACROSS if is_columns else TILE if m.height == 1 else ACROSS
     wide = max(1, min(_power_of_two(across), columns // width_room))
-    high = max(1, min(_power_of_two(down), TILE // (height_room * width_room * wide)))
+    high = max(1, min(_power_of_two(down), elements // (height_room * width_room * wide)))
     is_full = m.rows % (high * m.height) == 0 and m.columns % (wide * m.width) == 0
     is_full = is_full and (height_room, width_room) == (m.height, m.width)
     n = math.prod(shape)
@@ -113,7 +117,7 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours)
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
-    options = {"num_warps": max(1, min(16, elements // PER_WARP))}
+    options = {"num_warps": max(1, min(16, elements // per_warp))}
     programs = m.stack * tiles_down * tiles_across if n else 0
     return Tiling(programs, (m.rows, m.columns, tiles_down, tiles_across, *m.steps), tile, options)
 
@@ -128,7 +132,8 @@ def fits_blocks(format: FP8Format, scale_format: FP8Format | None) -> bool:
     return narrow and (scale_format is None or (not scale_format.needs_float64 and scale_format.has_zero))
 
 
-def scaling_of(format: FP8Format, power_of_two: str | None, headroom: float, without_tensor_scale: bool) -> Scaling:
+@lru_cache(maxsize=4096)
+def scaling_of(format: FP8Format, power_of_two: str | None, headroom: float, with_tensor_scale: bool) -> Scaling:
     by_quotient = power_of_two == "rceil"
     up = (1 << 23) - 1
     carry = {"ceil": up, "rceil": up, "even": 1 << max(0, 22 - format.mantissa_bits)}.get(power_of_two or "", 0)
@@ -138,5 +143,5 @@ def scaling_of(format: FP8Format, power_of_two: str | None, headroom: float, wit
     most = min(_LARGEST, _LARGEST * (1 - 2.0**-22) / format.max_representable_value)
     most = struct.unpack("f", struct.pack("f", most))[0]  # rounded to float32
     return Scaling(
-        headroom, without_tensor_scale, most, power_of_two is not None, by_quotient, *factors, carry, exponent + missing
+        headroom, with_tensor_scale, most, power_of_two is not None, by_quotient, *factors, carry, exponent + missing
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import check_pack, check_unpack
 from .modes import SEED
-from .operators import OPERATORS, library
+from .operators import IN_BLOCKS, OPERATORS, library
 from .philox import random_bits as bits_of
 
 
@@ -79,7 +79,7 @@ def _matmul(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, *a
     return torch.ops.altgrad.matmul(*map(stack, (a, b, *args), in_dims)), 0
 
 
-for _name in ("quantize_blocks", "quantize_blocks_stochastic"):
+for _name in IN_BLOCKS:
     torch.library.register_vmap(f"altgrad::{_name}", _in_blocks(_name), lib=library)
 torch.library.register_vmap("altgrad::matmul", _matmul, lib=library)
 torch.library.register_vmap("altgrad::pack", _pack, lib=library)

@@ -31,6 +31,10 @@ def matrix(x):
     return x.float() if x.dtype == torch.float64 else x
 
 
+def tensor_scale(x):
+    return torch.full((), 0.01, dtype=compute_dtype(x.dtype), device=x.device)
+
+
 # name -> the arguments for a floating-point x and a scale that broadcasts to it
 SAMPLES = {
     "quantize": lambda x, scale: (x, scale, "E4M3", "none", "toward_zero"),
@@ -43,14 +47,16 @@ SAMPLES = {
     "project_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
     "decode": lambda x, scale: (codes(x), scale, "E3M4", x.dtype),  # no NaN: opcheck takes it for a difference
     "dequantize": lambda x, scale: (x, scale),
-    "quantize_blocks": lambda x, scale: (
-        *(x, None, "E4M3", "none", "toward_zero"),
-        *([2] * x.ndim, "rceil", None, 1.0, False, other_dtype(x)),
-    ),
+    "quantize_blocks": lambda x, scale: (x, None, "E4M3", "none", "toward_zero", [2] * x.ndim, "rceil"),
     "quantize_blocks_stochastic": lambda x, scale: (
-        *(x, torch.full((), 0.01, dtype=compute_dtype(x.dtype), device=x.device), random_bits(x), "E2M1", "finite"),
-        *([*[1] * (x.ndim - 1), 3][: x.ndim], None, "E4M3", 1.0625, True),
+        *(x, tensor_scale(x), random_bits(x), "E2M1", "finite"),
+        *([-1] * x.ndim, None, "E4M3"),
     ),
+    "quantize_operand": lambda x, scale: (
+        *(x, tensor_scale(x), "E2M1", "propagate", "nearest_ties_to_even"),
+        *([*[1] * (x.ndim - 1), 3][: x.ndim], None, "E4M3", 1.0625, other_dtype(x)),
+    ),
+    "quantize_operand_stochastic": lambda x, scale: (x, None, random_bits(x), "E5M2", "finite", [2] * x.ndim),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),
     "matmul": lambda x, scale: (matrix(x), matrix(x).mT, "g4f9e6m7np8"),

@@ -108,12 +108,12 @@ def quantize_in_blocks(x: Tensor, rule: Rule, f: FP8Format, bits: Tensor | None,
         largest = largest if rule.headroom == 1 else largest * rule.headroom
         top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
         outer = as_scale(largest, top).reshape(())
-    options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, True, dtype
+    options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, dtype
     if bits is None:
-        op = torch.ops.altgrad.quantize_blocks
-        return Operand(op(x, outer, f.name, rule.saturation, rule.rounding, *options), outer)
-    op = torch.ops.altgrad.quantize_blocks_stochastic
-    return Operand(op(x, outer, bits, f.name, rule.saturation, *options), outer)
+        values = torch.ops.altgrad.quantize_operand(x, outer, f.name, rule.saturation, rule.rounding, *options)
+    else:
+        values = torch.ops.altgrad.quantize_operand_stochastic(x, outer, bits, f.name, rule.saturation, *options)
+    return Operand(values, outer)
 
 
 def rounded_to_bfloat16(x: Tensor) -> Tensor:
