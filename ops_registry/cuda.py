@@ -260,7 +260,9 @@ def quantize_operand(
     module = kernels("cuda_blocks")
     if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
         modes = format, saturation, rounding
-        return out.copy_(blocks.quantize_operand(x, tensor_scale, *modes, *options, with_tensor_scale))
+        return out.copy_(
+            blocks.quantize_operand(x, tensor_scale, *modes, *options, with_tensor_scale=with_tensor_scale)
+        )
     if tensor_scale is None:
         tensor_scale = x  # not looked at
     elif tensor_scale.get_device() != out.get_device():
