@@ -223,7 +223,7 @@ def served(monkeypatch):
     def refuse(*args):
         pytest.fail("the formula served")
 
-    monkeypatch.setattr(cuda.blocks, "quantize_operand", refuse)
+    monkeypatch.setattr(cuda.blocks, "quantize_blocks", refuse)
 
 
 @interpreted
