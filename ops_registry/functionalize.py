@@ -57,4 +57,5 @@ for _name, _kernel in KERNELS.items():
         f"altgrad::{_name}", FunctionalTensorMode, _inlined(_name, _kernel), lib=library
     )
     _op = getattr(torch.ops.altgrad, _name).default
-    register_decomposition(_op)(_portable(_PORTABLE[_name]) if OPERATORS[_name].is_pointwise else _kernel)
+    # The formula alone, without the layout, which ONNX cannot say.
+    register_decomposition(_op)(_portable(_PORTABLE[_name]) if OPERATORS[_name].is_pointwise else FORMULAS[_name])

@@ -8,7 +8,22 @@ import torch
 from conftest import FORMATS, NAMED, assert_same_bits, near_ties
 from torch import nn
 
-from altgrad.quantization import E2M1, E3M4, E5M2, decode, dequantize, encode, quantize
+from altgrad.quantization import (
+    E2M1,
+    E3M4,
+    E5M2,
+    MXFP8_E4M3,
+    NVFP4,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    compute_scale,
+    decode,
+    dequantize,
+    encode,
+    quantize,
+    quantize_blocks,
+)
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
 ort = pytest.importorskip("onnxruntime")
@@ -150,6 +165,24 @@ def test_dynamic_batch():
             assert_same_bits(got, want)
 
 
+def test_scales_and_blocks():
+    """Of a method that reads no bits of a number; a last block may be smaller."""
+    x = torch.randn(8, 12) * torch.logspace(-20, 20, 8)[:, None]
+
+    def function(x):
+        granularities = [PerTensor(), PerAxis(0), PerAxis(1), PerBlock(4), PerBlock((3, 5))]
+        blocks = [quantize_blocks(x, "E4M3", granularity=granularity) for granularity in granularities]
+        return [*blocks, quantize_blocks(x, **NVFP4), compute_scale(x, "E4M3", granularity=PerBlock(4))]
+
+    assert_exports(function, (x,))
+
+
+def test_powers_of_two_do_not_export():
+    """ONNX does not read the bits of a number. Where that ends, so should the sentence in the docs."""
+    with pytest.raises(Exception, match=r"aten\.view\.dtype"):
+        export(lambda x: quantize_blocks(x, **MXFP8_E4M3), (torch.ones(2, 64),))
+
+
 WITH_TABLE = {"custom_translation_table": altgrad_onnx.TRANSLATION_TABLE}
 FLOAT8 = [f for f in NAMED if f.spelling in altgrad_onnx.ONNX_TYPES and f.bits == 8]
 
@@ -178,6 +211,14 @@ class TestTranslationTable:
     def test_nodes(self, scale, nodes):
         program = export(lambda x, scale: quantize(x, "E4M3", scale), (torch.ones(3, 2), scale), **WITH_TABLE)
         assert [node.op_type for node in program.model.graph] == nodes
+
+    def test_one_scale_of_the_tensor(self):
+        """As docs/deployment.md says: not Div, Cast, Cast, Mul."""
+        x = torch.randn(8, 12)
+        function = lambda x: [quantize_blocks(x, "E4M3", granularity=PerTensor())]  # noqa: E731
+        program = export(function, (x,), **WITH_TABLE)
+        assert [node.op_type for node in program.model.graph][-2:] == ["QuantizeLinear", "DequantizeLinear"]
+        assert_exports(function, (x,), **WITH_TABLE)
 
     def test_e5m2_loses_infinity(self):
         """The one difference of float8 that the docs name; where ONNX ends it, so should they."""

@@ -169,6 +169,7 @@ def quantize_blocks(
 
     def quantized(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
         scale = scale_of(blocks.detach(), dims)
+        scale = scale.reshape(()) if isinstance(granularity, PerTensor) else scale  # ONNX: QuantizeLinear
         return quantize(blocks, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
 
     return granularity.apply(quantized, x)
