@@ -6,7 +6,7 @@ multiplied by, and has no gradient: it is for the inside of a Function.
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ def quantize_operand(
     return unblocked(values, x, block)
 
 
-quantize_blocks = partial(quantize_operand, with_tensor_scale=True)
+def quantize_blocks(*args: Any, **random_bits: Any) -> Tensor:
+    return quantize_operand(*args, with_tensor_scale=True, **random_bits)
 
 
 def scales(
