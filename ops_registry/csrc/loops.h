@@ -34,9 +34,11 @@ INLINE UINT NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict s
     UINT most = 0;
     for (int64_t i = 0; i < n; i++) {
         const FLOAT s = scale[varies ? i : 0], q = x[i] / s;
+        const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
         if (variant == GENERAL) {
-            const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
             out[i] = s * NAME(project)(q, r, rounding, overflows, f);
+        } else if (variant == ADJUSTED) {
+            out[i] = s * NAME(project_adjusted)(q, r, rounding, f, &most);
         } else {
             out[i] = s * NAME(project_nearest)(q, variant, f, &most);
         }
@@ -66,16 +68,18 @@ INLINE UINT NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict sca
         EITHER_SCALE(LOOP, PLAIN)                                                                                      \
         EITHER_SCALE(LOOP, POWERS)                                                                                     \
         EITHER_SCALE(LOOP, UNSIGNED_ZERO)                                                                              \
-    case GENERAL:                                                                                                      \
+    default:                                                                                                           \
         switch (rounding) {                                                                                            \
-            WITH_ROUNDING(LOOP, NEAREST_TIES_TO_EVEN)                                                                  \
-            WITH_ROUNDING(LOOP, NEAREST_TIES_TO_AWAY)                                                                  \
-            WITH_ROUNDING(LOOP, TOWARD_ZERO)                                                                           \
-            WITH_ROUNDING(LOOP, TOWARD_POSITIVE)                                                                       \
-            WITH_ROUNDING(LOOP, TOWARD_NEGATIVE)                                                                       \
-            WITH_ROUNDING(LOOP, TO_ODD)                                                                                \
-            WITH_ROUNDING(LOOP, STOCHASTIC)                                                                            \
+            EACH_ROUNDING(GENERAL_ROUNDING, LOOP)                                                                      \
+            GENERAL_ROUNDING(LOOP, NEAREST_TIES_TO_EVEN)                                                               \
         }                                                                                                              \
+    }
+/* The same for ADJUSTED. */
+#define SPECIALIZE_ADJUSTED(LOOP)                                                                                      \
+    switch (rounding) {                                                                                                \
+        EACH_ROUNDING(ADJUSTED_ROUNDING, LOOP)                                                                         \
+    default:                                                                                                           \
+        break;                                                                                                         \
     }
 #define EITHER_SCALE(LOOP, VARIANT)                                                                                    \
     case VARIANT:                                                                                                      \
@@ -85,9 +89,24 @@ INLINE UINT NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict sca
             LOOP(0, VARIANT, NEAREST_TIES_TO_EVEN);                                                                    \
         }                                                                                                              \
         break;
-#define WITH_ROUNDING(LOOP, ROUNDING)                                                                                  \
+#define EACH_ROUNDING(CASE, LOOP)                                                                                      \
+    CASE(LOOP, NEAREST_TIES_TO_AWAY)                                                                                   \
+    CASE(LOOP, TOWARD_ZERO)                                                                                            \
+    CASE(LOOP, TOWARD_POSITIVE)                                                                                        \
+    CASE(LOOP, TOWARD_NEGATIVE)                                                                                        \
+    CASE(LOOP, TO_ODD)                                                                                                 \
+    CASE(LOOP, STOCHASTIC)
+#define GENERAL_ROUNDING(LOOP, ROUNDING)                                                                               \
     case ROUNDING:                                                                                                     \
         LOOP(1, GENERAL, ROUNDING);                                                                                    \
+        break;
+#define ADJUSTED_ROUNDING(LOOP, ROUNDING)                                                                              \
+    case ROUNDING:                                                                                                     \
+        if (varies) {                                                                                                  \
+            LOOP(1, ADJUSTED, ROUNDING);                                                                               \
+        } else {                                                                                                       \
+            LOOP(0, ADJUSTED, ROUNDING);                                                                               \
+        }                                                                                                              \
         break;
 
 /* One scale for each of n <= CHUNK elements: scale itself where it varies, else scales, filled. */
@@ -109,12 +128,16 @@ static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale,
     most = VARIANT == GENERAL && overflows                                                                             \
                ? NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 1, &f)                       \
                : NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 0, &f)
-    SPECIALIZE(LOOP)
+    if (variant == ADJUSTED) {
+        SPECIALIZE_ADJUSTED(LOOP)
+    } else {
+        SPECIALIZE(LOOP)
+    }
 #undef LOOP
     if (most >= f.special_from) {
         FLOAT scales[CHUNK];
         scale = NAME(spread)(scale, varies, n, scales);
-        NAME(quantize_each)(x, scale, 1, random, out, n, GENERAL, NEAREST_TIES_TO_EVEN, 0, &f);
+        NAME(quantize)(x, scale, 1, random, out, n, GENERAL, rounding, 0, format);
     }
 }
 
@@ -264,5 +287,8 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
 }
 
 #undef SPECIALIZE
+#undef SPECIALIZE_ADJUSTED
 #undef EITHER_SCALE
-#undef WITH_ROUNDING
+#undef EACH_ROUNDING
+#undef GENERAL_ROUNDING
+#undef ADJUSTED_ROUNDING
