@@ -56,7 +56,7 @@ def quantize_operand(
 
 
 def quantize_blocks(*args: Any, **random_bits: Any) -> Tensor:
-    return quantize_operand(*args, with_tensor_scale=True, **random_bits)
+    return quantize_operand(*args, **random_bits | {"with_tensor_scale": True})
 
 
 def scales(

@@ -259,10 +259,8 @@ def quantize_operand(
     tiling = tiling_of(out.shape, out.stride(), tuple(block), is_counted)
     module = kernels("cuda_blocks")
     if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        modes = format, saturation, rounding
-        return out.copy_(
-            blocks.quantize_operand(x, tensor_scale, *modes, *options, with_tensor_scale=with_tensor_scale)
-        )
+        formula = partial(blocks.quantize_operand, with_tensor_scale=with_tensor_scale)
+        return out.copy_(formula(x, tensor_scale, format, saturation, rounding, *options))
     if tensor_scale is None:
         tensor_scale = x  # not looked at
     elif tensor_scale.get_device() != out.get_device():

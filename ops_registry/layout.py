@@ -50,7 +50,8 @@ def order_in_memory(x: Tensor) -> list[int]:
             return larger
         return torch.fx.experimental.symbolic_shapes.statically_known_true(larger)
 
-    return sorted(range(x.ndim), key=lambda dim: cmp_to_key(compare)(x.stride(dim)))
+    strides: list[int] = list(x.stride())
+    return sorted(range(x.ndim), key=lambda dim: cmp_to_key(compare)(strides[dim]))
 
 
 def inverse(order: list[int]) -> list[int]:

@@ -99,8 +99,8 @@ class PerBlock:
         Without a copy if the sizes divide x's and f's result is dense.
         """
         block = self.block(x)
-        x, *others = (with_whole_blocks(t, block) if t.shape == x.shape else t for t in (x, *others))
-        view, views = x, list(others)
+        x, *views = (with_whole_blocks(t, block) if t.shape == x.shape else t for t in (x, *others))
+        view, others = x, tuple(views)
         dims: list[int] = []
         for dim, size in self.by_dim(x.ndim):
             rest = x.shape[dim] % size
