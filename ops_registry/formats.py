@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any
@@ -347,5 +347,6 @@ def _resolve(name: str) -> FP8Format:
 # instead of tracing it, and locks and regular expressions in it cannot be traced.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-FORMAT_REGISTRY = {name: resolve(name) for name in NAMED_FORMATS}
+# Copies: where a compiled function has a constant, E4M3, and its name too, Dynamo must not meet one object on two ways.
+FORMAT_REGISTRY = {name: replace(resolve(name)) for name in NAMED_FORMATS}
 """The named formats by name, in the order of the table in the documentation."""

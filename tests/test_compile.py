@@ -259,3 +259,11 @@ def test_what_inductor_fails_on_and_the_switch():
             beside_its_transpose(f, torch.randn(64, 96))
     with torch._inductor.config.patch({"cpp.max_horizontal_fusion_size": 1}):
         beside_its_transpose(cases[1], torch.randn(64, 96))
+
+
+def test_a_format_beside_its_name():
+    """Dynamo took the constant of the name and the global for one object with two sources, and failed."""
+    x = torch.randn(8, 4)
+    f = lambda x: (compute_scale(x, "E4M3"), compute_scale(x, E4M3), quantize(x, "E4M3"), quantize(x, E4M3))  # noqa: E731
+    for got, want in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x)):
+        assert_same_bits(got, want, x)
