@@ -17,24 +17,25 @@ _LOW = (1 << 32) - 1
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """The four words of the blocks with these counters of four words, under a key of two; int64, 0 to 2^32 - 1."""
+    """The four words of the blocks with these counters of four words, under a key of two; int64, 0 to 2^32 - 1.
+
+    Only what is multiplied is cut to 32 bits; the rest carries bits above them, which no sum or xor brings down.
+    """
     x0, x1, x2, x3 = counter
-    k0, k1 = key
     for i in range(_ROUNDS):
-        if i:
-            k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
         (high0, low0), (high1, low1) = (_product(x, m) for x, m in zip((x0, x2), _MULTIPLIERS, strict=True))
-        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
-    return [x0, x1, x2, x3]
+        k0, k1 = (k + i * weyl for k, weyl in zip(key, _WEYL, strict=True))
+        x0, x1, x2, x3 = (k0 ^ x1 ^ high1) & _LOW, low1, (k1 ^ x3 ^ high0) & _LOW, low0
+    return [x0, x1 & _LOW, x2, x3 & _LOW]
 
 
 def _product(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """The high and the low word of x * multiplier.
+    """The high word of x * multiplier for x of 32 bits, and a number whose low 32 bits are the low word.
 
-    int64 has no room for that, but for x * (multiplier - 2^32), which is x * 2^32 less.
+    int64 has no room for that, but for x * (multiplier - 2^32), which is x * 2^32 less; the shift rounds down.
     """
     product = x * (multiplier - (1 << 32))
-    return ((product >> 32) + x) & _LOW, product & _LOW
+    return (product >> 32) + x, product
 
 
 def random_words(seed: Tensor, index: Tensor) -> Tensor:
