@@ -10,14 +10,14 @@ import os
 import struct
 import warnings
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import aten, products
+from . import aten, blocks, products
 from .arithmetic import code_dtype, compute_dtype
 from .checks import (
     check_amax,
@@ -27,11 +27,13 @@ from .checks import (
     check_matmul,
     check_project,
     check_quantize,
+    check_quantize_operand,
 )
 from .formats import resolve
 from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import library, with_twins
+from .tiles import Strips, fits_blocks, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
@@ -76,6 +78,8 @@ def _load() -> tuple[Any, str]:
     native.altgrad_amax.restype = None
     native.altgrad_matmul.argtypes = [ctypes.c_char_p]
     native.altgrad_matmul.restype = None
+    native.altgrad_blocks.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    native.altgrad_blocks.restype = None
     native.altgrad_random.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]
     native.altgrad_random.restype = None
     target = select(native, wanted)
@@ -275,6 +279,66 @@ def matmul(
     return out
 
 
+_blocks = struct.Struct("5P9q7f5i").pack  # struct blocks
+
+
+def quantize_operand(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    dtype: torch.dtype | None = None,
+    random_bits: Tensor | None = None,
+    with_tensor_scale: bool = False,
+) -> Tensor:
+    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, random_bits
+    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
+    g = None if scale_format is None else resolve(scale_format)
+    out = torch.empty_like(x, dtype=dtype)
+    strips = strips_of(out.shape, out.stride(), tuple(block))
+    if strips is None or x.dtype == torch.float64 or not fits_blocks(f, g):
+        formula: Any = blocks.quantize_blocks if with_tensor_scale else blocks.quantize_operand
+        return out.copy_(formula(x, tensor_scale, format, saturation, rounding, *options))
+    random, random_dtype = _random_of(random_bits, out, strips)
+    x = _laid_out(x, out)
+    plan = _plan("quantize", x.dtype, torch.float32, out.dtype, format, saturation, rounding, random_dtype)
+    level = None if g is None else _plan("quantize", torch.float32, torch.float32, torch.float32, g.name)
+    scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
+    smallest = 2.0**-126 if g is None else g.smallest_normal or g.smallest_subnormal
+    above = 1.0 if tensor_scale is None else tensor_scale.item()
+    numbers = headroom, f.max_representable_value, scaling.most, smallest, scaling.factor, scaling.second_factor, above
+    modes = with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent
+    addresses = _address(plan), 0 if level is None else _address(level), out.data_ptr(), x.data_ptr(), random.data_ptr()
+    _native.altgrad_blocks(_blocks(*addresses, *strips.integers, *numbers, *modes), strips.count)
+    return out
+
+
+def _random_of(random_bits: Tensor | None, out: Tensor, strips: Strips) -> tuple[Tensor, torch.dtype]:
+    """The random operand as csrc/blocks.h reads it, a seed or words laid out as out is, and the dtype of its plan."""
+    if random_bits is None:
+        return out, torch.int32
+    if random_bits.dtype != SEED:
+        return _laid_out(random_bits.to(torch.int32), out), random_bits.dtype
+    if strips.counts_columns:
+        return random_bits, SEED
+    return _laid_out(random_words(random_bits, out.shape), out), torch.int32
+
+
+def _laid_out(tensor: Tensor, out: Tensor) -> Tensor:
+    """The tensor with the strides of out."""
+    return tensor if tensor.stride() == out.stride() else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
+
+
+def _address(plan: bytes) -> int:
+    """Of the bytes, which the cache of plans keeps, or the caller."""
+    return ctypes.cast(plan, ctypes.c_void_p).value or 0
+
+
 KERNELS = with_twins(
     {
         "quantize": quantize,
@@ -282,6 +346,8 @@ KERNELS = with_twins(
         "encode": encode,
         "decode": decode,
         "dequantize": dequantize,
+        "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
+        "quantize_operand": quantize_operand,
         "amax": amax,
         "matmul": matmul,
     }

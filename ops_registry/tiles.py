@@ -9,6 +9,7 @@ from .formats import FP8Format
 
 Size = tuple[int, ...]
 
+CHUNK = 1024  # elements that a C kernel takes at a time, as in csrc/kernels.c
 TILE = 4096  # elements of a program, where its blocks are not larger
 PER_WARP = 1024  # elements of 32 threads
 # Of a program of columns, whose threads have eight columns each: fewer of them share a scale, which each one finds.
@@ -120,6 +121,27 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     options = {"num_warps": max(1, min(16, elements // per_warp))}
     programs = m.stack * tiles_down * tiles_across if n else 0
     return Tiling(programs, (m.rows, m.columns, tiles_down, tiles_across, *m.steps), tile, options)
+
+
+class Strips(NamedTuple):
+    """How many strips of blocks there are, the integers of struct blocks, and whether a seed counts along columns."""
+
+    count: int
+    integers: Size
+    counts_columns: bool
+
+
+@lru_cache(maxsize=4096)
+def strips_of(shape: Size, strides: Size, block: Size) -> Strips | None:
+    """The strips of csrc/blocks.h; None where blocks are scattered, or of several rows and more columns than CHUNK."""
+    m = matrices_of(shape, strides, block, True)
+    if m is None or (m.width > CHUNK and m.height > 1):
+        return None
+    span = max(m.width, CHUNK // m.width * m.width)
+    down, across = -(-m.rows // m.height), -(-m.columns // span)
+    count = m.stack * down * across if math.prod(shape) else 0
+    integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps[:2]
+    return Strips(count, integers, m.steps[2] == 1)
 
 
 def _power_of_two(n: int) -> int:

@@ -94,13 +94,15 @@ def arguments(x, f, block, saturation, rounding, power_of_two=None, scale_format
 
 
 def laid_out(x):
-    """x contiguous, transposed, sliced and expanded, each with the same shape."""
+    """x contiguous, permuted, sliced and expanded, each with the same shape."""
     yield x
     if x.ndim > 1:
         yield x.transpose(-1, -2).contiguous().transpose(-1, -2)
         yield x.movedim(0, -1).contiguous().movedim(-1, 0)
         yield torch.stack([x, x], -1)[..., 0]
         yield x[:1].expand(x.shape)
+    if x.ndim > 2:
+        yield x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def check_blocks(op, shape, block, device):
@@ -201,6 +203,19 @@ def test_random_bits(shape, block, implementation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results(dtype, implementation):
     check_results(implementation[0]("quantize_operand"), dtype, implementation[1])
+
+
+@pytest.mark.parametrize("block", [(1, 32), (32, 1), (1, -1), (128, 128)], ids=str)
+def test_threads(block):
+    """Several threads share the strips of a tensor."""
+    x, threads = samples((200, 4100)), torch.get_num_threads()
+    args = arguments(x, resolve("E2M1"), block, *NEAREST, scale_format="E4M3")
+    try:
+        torch.set_num_threads(4)
+        got = torch.ops.altgrad.quantize_blocks(*args)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_bits(got, aten.KERNELS["quantize_blocks"](*args), x)
 
 
 @pytest.mark.compiles

@@ -51,6 +51,7 @@ static void wide_encode(const struct plan *p, const double *values, void *codes,
 static void wide_decode(const struct plan *p, const void *codes, double *values, int64_t n);
 
 #include "loops.h"
+#include "blocks.h"
 #include "matmul.h"
 #undef FLOAT
 #undef INT
@@ -150,5 +151,12 @@ void FOR_TARGET(altgrad_matmul_, TARGET)(int64_t begin, int64_t end, void *produ
     for (; begin < end; begin++) {
         (p->is_double ? product_panel64 : product_panel32)(p, begin);
     }
+    leave_default(caller);
+}
+
+/* Strips begin to end of a struct blocks. */
+void FOR_TARGET(altgrad_blocks_, TARGET)(int64_t begin, int64_t end, void *blocks) {
+    const environment caller = enter_default();
+    blocks_range(blocks, begin, end);
     leave_default(caller);
 }

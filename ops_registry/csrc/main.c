@@ -21,20 +21,23 @@ void altgrad_range_baseline(int64_t begin, int64_t end, void *call);
 void altgrad_amax_baseline(int64_t begin, int64_t end, void *rows);
 void altgrad_random_baseline(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_baseline(int64_t begin, int64_t end, void *product);
+void altgrad_blocks_baseline(int64_t begin, int64_t end, void *blocks);
 #ifdef ALTGRAD_X86
 void altgrad_range_avx2(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx2(int64_t begin, int64_t end, void *rows);
 void altgrad_random_avx2(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_avx2(int64_t begin, int64_t end, void *product);
+void altgrad_blocks_avx2(int64_t begin, int64_t end, void *blocks);
 void altgrad_range_avx512(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx512(int64_t begin, int64_t end, void *rows);
 void altgrad_random_avx512(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_avx512(int64_t begin, int64_t end, void *product);
+void altgrad_blocks_avx512(int64_t begin, int64_t end, void *blocks);
 #endif
 
 enum { GRAIN = 32768 }; /* elements that are worth a thread, as in ATen */
 
-static range_function range, amax, random_words, matmul;
+static range_function range, amax, random_words, matmul, blocks;
 static parallel_function parallel;
 
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
@@ -46,16 +49,16 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
 #endif
     const struct {
         const char *name;
-        range_function range, amax, random, matmul;
+        range_function range, amax, random, matmul, blocks;
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
-        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512,
+        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512, altgrad_blocks_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, has_avx2},
+        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2, has_avx2},
 #endif
-        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline,
+        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline, altgrad_blocks_baseline,
          1},
     };
     parallel = parallel_for;
@@ -65,6 +68,7 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
             amax = targets[i].amax;
             random_words = targets[i].random;
             matmul = targets[i].matmul;
+            blocks = targets[i].blocks;
             return targets[i].name;
         }
     }
@@ -136,4 +140,9 @@ EXPORT void altgrad_random(int64_t n, void *out, uint64_t seed) {
 EXPORT void altgrad_matmul(struct product *p) {
     const int64_t panels = (p->columns + PANEL - 1) / PANEL, row_tiles = (p->rows + ROWS - 1) / ROWS;
     run(matmul, p->batch * panels * row_tiles, GRAIN / (ROWS * PANEL * (p->size + 1)) + 1, p);
+}
+
+/* The strips of blocks. */
+EXPORT void altgrad_blocks(struct blocks *b, int64_t strips) {
+    run(blocks, strips, GRAIN / (b->span * b->height + 1) + 1, b);
 }

@@ -1,0 +1,169 @@
+/* quantize_operand in float32: strips of blocks, whose elements are read to find the scales and, out of the cache, read
+ * again to be divided. The numbers of scales.py and tiles.py.
+ */
+
+/* What a strip needs in the first-level cache; ones are scales of 1. */
+struct room {
+    _Alignas(64) float x[CHUNK], out[CHUNK], quotients[CHUNK], ones[CHUNK];
+    float amax[CHUNK], divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
+    uint32_t most[CHUNK], random[PHILOX_ROOM];
+};
+
+/* n scales from the largest magnitudes: what is divided by, and what values are multiplied by. */
+static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
+    const float *restrict amax = r->amax;
+    float *restrict divisor = r->divisor, *restrict multiplier = r->multiplier, *restrict quotients = r->quotients;
+    const float max_value = b->max_value, factor = b->factor, second_factor = b->second_factor, most = b->most;
+    const float tensor_scale = b->tensor_scale;
+    const int32_t carry = b->carry, exponent = b->exponent;
+    if (b->level != NULL) {
+        const struct format32 f = prepare32(b->level);
+        for (int64_t i = 0; i < n; i++) {
+            quotients[i] = amax[i] / max_value / tensor_scale;
+        }
+        quantize32(quotients, r->ones, 1, NULL, multiplier, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, 0, &f);
+        for (int64_t i = 0; i < n; i++) {
+            const float level = multiplier[i] < b->smallest ? b->smallest : multiplier[i];
+            divisor[i] = level * tensor_scale;
+            multiplier[i] = b->with_tensor_scale ? divisor[i] : level;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float scale;
+        if (b->is_power) {
+            const float a = (b->by_quotient ? amax[i] / max_value : amax[i]) * factor * second_factor;
+            int32_t code = ((int32_t)(bits32(a) + (uint32_t)carry) >> 23) - exponent;
+            code = code < 254 ? code : 254;
+            const int32_t bits = (int32_t)((uint32_t)code << 23), smallest = 1 << 22; /* 2^-127 */
+            scale = number32((uint32_t)(bits > smallest ? bits : smallest));
+            scale = amax[i] != amax[i] ? amax[i] : scale;
+        } else {
+            scale = amax[i] / max_value;
+            scale = scale < b->smallest ? b->smallest : scale;
+            scale = scale > most ? most : scale;
+            scale = amax[i] == 0 ? 1 : scale;
+            scale = bits32(amax[i]) == FLOAT32_INFINITY ? number32(FLOAT32_INFINITY | 1u << 22) : scale;
+        }
+        divisor[i] = multiplier[i] = scale;
+    }
+}
+
+/* n elements of one row by scales for each of them. */
+static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
+                         int64_t n, const float *divisor, const float *multiplier) {
+    const struct plan *p = b->plan;
+    const float *x = convert32(b->x + at * size_of(p->dtypes[X]), p->dtypes[X], n, r->x);
+    const uint32_t *random = NULL;
+    if (p->rounding == STOCHASTIC && p->dtypes[RANDOM] == INT64) {
+        random = random_words(*(const uint64_t *)(const void *)b->random, index, n, r->random);
+    } else if (p->rounding == STOCHASTIC) {
+        random = (const uint32_t *)(const void *)b->random + at;
+    }
+    char *to = b->out + at * size_of(p->out_dtype);
+    float *out = p->out_dtype == FLOAT32 ? (float *)(void *)to : r->out;
+    if (b->level == NULL || b->with_tensor_scale) {
+        quantize32(x, divisor, 1, random, out, n, variant_of(p), p->rounding, p->overflows, f);
+    } else {
+        divide32(x, divisor, 1, r->quotients, n);
+        quantize32(r->quotients, r->ones, 1, random, out, n, variant_of(p), p->rounding, p->overflows, f);
+        for (int64_t i = 0; i < n; i++) {
+            out[i] *= multiplier[i];
+        }
+    }
+    if (p->out_dtype == FLOAT16) {
+        float16_from_floats(out, (uint16_t *)(void *)to, n);
+    }
+    if (p->out_dtype == BFLOAT16) {
+        bfloat16_from_floats(out, (uint16_t *)(void *)to, n);
+    }
+}
+
+/* The largest magnitude of each of n elements of a row and what is there, as bits: NaN lies behind infinity. */
+static void add_magnitudes(const struct blocks *b, struct room *r, int64_t at, int64_t n) {
+    const enum dtype dtype = b->plan->dtypes[X];
+    const float *x = convert32(b->x + at * size_of(dtype), dtype, n, r->x);
+    uint32_t *restrict most = r->most;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t a = bits32(x[i]) & 0x7fffffffu;
+        most[i] = (int32_t)a > (int32_t)most[i] ? a : most[i];
+    }
+}
+
+INLINE float largest_of(const uint32_t *most, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        largest = (int32_t)most[i] > (int32_t)largest ? most[i] : largest;
+    }
+    return number32(largest);
+}
+
+INLINE void spread_scales(const float *restrict scales, int64_t count, int64_t width, float *restrict to) {
+    for (int64_t block = 0; block < count; block++) {
+        for (int64_t i = 0; i < width; i++) {
+            to[block * width + i] = scales[block];
+        }
+    }
+}
+
+/* A strip: count blocks beside each other, n <= CHUNK columns in all, from element at on. */
+static void blocks_strip(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
+                         int64_t height, int64_t n) {
+    const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
+    memset(r->most, 0, (size_t)n * sizeof *r->most);
+    for (int64_t row = 0; row < height; row++) {
+        add_magnitudes(b, r, at + row * b->columns, n);
+    }
+    for (int64_t block = 0; block < count; block++) {
+        const int64_t left = n - block * width;
+        r->amax[block] = largest_of(r->most + block * width, left < width ? left : width) * b->headroom;
+    }
+    scales_of(b, r, count);
+    if (width > 1) { /* what is behind a smaller last block has room too: whole blocks are CHUNK columns at most */
+        spread_scales(r->divisor, count, width, r->divisors);
+        spread_scales(r->multiplier, count, width, r->multipliers);
+    }
+    const float *divisors = width > 1 ? r->divisors : r->divisor;
+    const float *multipliers = width > 1 ? r->multipliers : r->multiplier;
+    for (int64_t row = 0; row < height; row++) {
+        apply_scales(b, f, r, at + row * b->columns, index + row * b->steps[1], n, divisors, multipliers);
+    }
+}
+
+/* A block of one row that is longer than CHUNK. */
+static void blocks_long(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
+                        int64_t n) {
+    memset(r->most, 0, sizeof r->most);
+    for (int64_t i = 0; i < n; i += CHUNK) {
+        add_magnitudes(b, r, at + i, n - i < CHUNK ? n - i : CHUNK);
+    }
+    r->amax[0] = largest_of(r->most, CHUNK) * b->headroom;
+    scales_of(b, r, 1);
+    spread_scales(r->divisor, 1, CHUNK, r->divisors);
+    spread_scales(r->multiplier, 1, CHUNK, r->multipliers);
+    for (int64_t i = 0; i < n; i += CHUNK) {
+        apply_scales(b, f, r, at + i, index + i, n - i < CHUNK ? n - i : CHUNK, r->divisors, r->multipliers);
+    }
+}
+
+/* Strips begin to end of a struct blocks. */
+static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
+    const struct format32 f = prepare32(b->plan);
+    struct room room;
+    for (int64_t i = 0; i < CHUNK; i++) {
+        room.ones[i] = 1;
+    }
+    for (int64_t strip = begin; strip < end; strip++) {
+        const int64_t across = strip % b->strips_across, rest = strip / b->strips_across;
+        const int64_t row = rest % b->strips_down * b->height, matrix = rest / b->strips_down;
+        const int64_t column = across * b->span, columns = b->columns - column, rows = b->rows - row;
+        const int64_t n = columns < b->span ? columns : b->span, height = rows < b->height ? rows : b->height;
+        const int64_t at = (matrix * b->rows + row) * b->columns + column;
+        const int64_t index = matrix * b->steps[0] + row * b->steps[1] + column;
+        if (n > CHUNK) {
+            blocks_long(b, &f, &room, at, index, n);
+        } else {
+            blocks_strip(b, &f, &room, at, index, height, n);
+        }
+    }
+}
