@@ -314,7 +314,7 @@ def quantize_operand(
     numbers = headroom, f.max_representable_value, scaling.most, smallest, scaling.factor, scaling.second_factor, above
     modes = with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent
     addresses = _address(plan), 0 if level is None else _address(level), out.data_ptr(), x.data_ptr(), random.data_ptr()
-    _native.altgrad_blocks(_blocks(*addresses, *strips.integers, *numbers, *modes), strips.count)
+    _native.altgrad_blocks(_blocks(*addresses, *strips.integers, *numbers, *modes), strips.number)
     return out
 
 
@@ -336,7 +336,7 @@ def _laid_out(tensor: Tensor, out: Tensor) -> Tensor:
 
 def _address(plan: bytes) -> int:
     """Of the bytes, which the cache of plans keeps, or the caller."""
-    return ctypes.cast(plan, ctypes.c_void_p).value or 0
+    return ctypes.cast(ctypes.c_char_p(plan), ctypes.c_void_p).value or 0
 
 
 KERNELS = with_twins(

@@ -126,7 +126,7 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
 class Strips(NamedTuple):
     """How many strips of blocks there are, the integers of struct blocks, and whether a seed counts along columns."""
 
-    count: int
+    number: int
     integers: Size
     counts_columns: bool
 
@@ -139,9 +139,9 @@ def strips_of(shape: Size, strides: Size, block: Size) -> Strips | None:
         return None
     span = max(m.width, CHUNK // m.width * m.width)
     down, across = -(-m.rows // m.height), -(-m.columns // span)
-    count = m.stack * down * across if math.prod(shape) else 0
+    number = m.stack * down * across if math.prod(shape) else 0
     integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps[:2]
-    return Strips(count, integers, m.steps[2] == 1)
+    return Strips(number, integers, m.steps[2] == 1)
 
 
 def _power_of_two(n: int) -> int:

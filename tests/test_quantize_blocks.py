@@ -34,6 +34,7 @@ SCALINGS = [
 ]
 # shape -> block: of rows, of columns, of both; whole, uneven and larger dimensions, and those that join in memory.
 BLOCKS = [
+    ((7, 5, 9), (3, 1, 4)),
     ((4, 64), (1, 32)),
     ((3, 40), (1, 16)),
     ((5, 7, 64), (1, 1, 32)),
