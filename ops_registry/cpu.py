@@ -302,7 +302,7 @@ def quantize_operand(
     out = torch.empty_like(x, dtype=dtype)
     strips = strips_of(out.shape, out.stride(), tuple(block))
     if strips is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        formula: Any = blocks.quantize_blocks if with_tensor_scale else blocks.quantize_operand
+        formula = partial(blocks.quantize_operand, with_tensor_scale=with_tensor_scale)
         return out.copy_(formula(x, tensor_scale, format, saturation, rounding, *options))
     random, random_dtype = _random_of(random_bits, out, strips)
     x = _laid_out(x, out)

@@ -251,7 +251,7 @@ def quantize_operand(
     random_bits: Tensor | None = None,
     with_tensor_scale: bool = False,
 ) -> Tensor:
-    options = block, power_of_two, scale_format, headroom, dtype, random_bits
+    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, random_bits
     f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
     out = torch.empty_like(x, dtype=dtype)
     g = None if scale_format is None else resolve(scale_format)

@@ -236,10 +236,10 @@ def test_interpreter():
 def served(monkeypatch):
     """The kernel, which must serve: the formula is not called."""
 
-    def refuse(*args):
+    def refuse(*args, **options):
         pytest.fail("the formula served")
 
-    monkeypatch.setattr(cuda.blocks, "quantize_blocks", refuse)
+    monkeypatch.setattr(cuda.blocks, "quantize_operand", refuse)
 
 
 @interpreted
