@@ -34,6 +34,7 @@ from ops_registry.modes import DETERMINISTIC_ROUNDINGS
 DOCS = Path(__file__).parents[2] / "docs"
 SIZES = {"64": 64, "64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
 SECONDS = 6.0  # for the rounds of one group
+BYTES = [name for name, f in FORMAT_REGISTRY.items() if f.bits <= 8 and f.is_signed]
 Calls = dict[str, Callable[[], object]]
 
 
@@ -189,7 +190,7 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float | str]]:
     groups: dict[str, tuple[Calls, float | str]] = {}
     for operation in ("quantize", "encode", "decode"):
         calls: Calls = {"`x * 2`": lambda: x * 2}
-        for name in FORMAT_REGISTRY:
+        for name in BYTES:
             codes = encode(x, name, scale)
             calls[name] = {
                 "quantize": lambda f=name: quantize(x, f, scale),
@@ -197,6 +198,9 @@ def ratio_calls(n: int) -> dict[str, tuple[Calls, float | str]]:
                 "decode": lambda f=name, codes=codes: decode(codes, f, scale),
             }[operation]
         groups[operation] = calls, 1.1
+    wide: Calls = {"`x * 2`": lambda: x * 2}
+    wide |= {name: lambda f=name: quantize(x, f, scale) for name in FORMAT_REGISTRY if name not in BYTES}
+    groups["quantize, by way of float64"] = wide, ""
     groups["quantize with a vector of scales"] = (
         {
             "`x * 2`": lambda: x * 2,
@@ -270,11 +274,12 @@ FEW, MANY = 8192, 40960  # elements: all of them in the second-level cache
 
 
 CYCLES = [
-    "Cycles an element, in the second-level cache. With AVX-512 a vector of 16 float32 elements takes 15 instructions to",
-    "the nearest value, 19 to 24 with another rounding and 28 with given bits; two vectors of random words from a seed",
-    "take 75. The division does not bind: with the reciprocal and two fused multiply-adds in its place, exact as on",
-    "CUDA, the loop took 0.31 to 0.35 cycles beside 0.27 to 0.30 (AMD EPYC, family 26). float16 and bfloat16 pay for",
-    "conversions in loops of their own.",
+    "One thread: cycles an element of the least times, in the second-level cache (what more elements take longer",
+    "there), at 1M and at 16M; others' work on the machine moves these least. With AVX-512 a vector of 16 float32",
+    "elements takes 15 instructions to the nearest value, 19 to 24 with another rounding and 28 with given bits; two",
+    "vectors of random words from a seed take 75, which on one thread is more than memory takes. The division does",
+    "not bind: with the reciprocal and two fused multiply-adds in its place, exact as on CUDA, the loop took 0.31 to",
+    "0.35 cycles beside 0.27 to 0.30 (2026-11-25). float16 and bfloat16 pay for conversions in loops of their own.",
 ]
 
 
@@ -310,25 +315,30 @@ def cycle_calls(n: int) -> Calls:
 
 
 def cycles_table() -> list[str]:
-    """Of one thread, from what more elements take longer: the least of each, so that others' work does not count."""
     threads, frequency = torch.get_num_threads(), cycles_a_second()
     torch.set_num_threads(1)
-    calls = {n: cycle_calls(n) for n in (FEW, MANY)}
-    least = {(n, name): 1.0 for n in calls for name in calls[n]}
-    end = time.perf_counter() + 4 * SECONDS
-    while time.perf_counter() < end:
-        for n, name in random.sample(list(least), len(least)):
-            for _ in range(3):
+    least: dict[int, dict[str, float]] = {}
+    for n in (FEW, MANY, SIZES["1M"], SIZES["16M"]):
+        calls = cycle_calls(n)
+        least[n] = dict.fromkeys(calls, 1.0)
+        end = time.perf_counter() + 2 * SECONDS
+        while time.perf_counter() < end:
+            for name in random.sample(list(calls), len(calls)):
                 start = time.perf_counter()
-                calls[n][name]()
-                least[n, name] = min(least[n, name], time.perf_counter() - start)
+                calls[name]()
+                least[n][name] = min(least[n][name], time.perf_counter() - start)
     torch.set_num_threads(threads)
     lines = [
-        f"| one thread at {frequency / 1e9:.2f} GHz, E4M3 in float32 unless said | cycles an element |",
-        "|---|---:|",
+        f"| E4M3 in float32 unless said, at {frequency / 1e9:.2f} GHz | cache | 1M | of `x * 2` | 16M | of `x * 2` |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for name in calls[FEW]:
-        lines.append(f"| {name} | {(least[MANY, name] - least[FEW, name]) / (MANY - FEW) * frequency:.2f} |")
+    for name in least[FEW]:
+        dtype = name.partition("float16")[1] and name.rpartition(" ")[2]
+        measure = f"`x * 2`, {dtype}" if dtype else "`x * 2`"
+        cells = [f"{(least[MANY][name] - least[FEW][name]) / (MANY - FEW) * frequency:.2f}"]
+        for n in (SIZES["1M"], SIZES["16M"]):
+            cells += [f"{least[n][name] / n * frequency:.2f}", f"{least[n][name] / least[n][measure]:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
