@@ -42,7 +42,7 @@ GRAMMAR = (
 _RULE = re.compile(
     r"(?:g([0-9]{1,4})f([0-9]{1,2}))?e([0-9])m([0-9]{1,2})([zn])(?:p([0-9]{1,6}))?(?:([sx])([0-9]{1,4}))?", re.I
 )
-_SPELLING = re.compile(r"([A-Za-z0-9_]+)(?:\((\w+),(\w+)\))?", re.ASCII)
+_SPELLING = re.compile(r"(\w+)(?:\(([\w-]+),([\w-]+)\))?", re.ASCII)
 _MOST_BITS = 50  # of a sum of terms, so that float64 holds it
 
 

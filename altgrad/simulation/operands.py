@@ -31,10 +31,14 @@ BFLOAT16_BITS = 8
 
 
 class Operand(NamedTuple):
-    """An operand as ``values * scale``; scale is constant along the contraction, None is 1."""
+    """An operand as ``values * scale``; scale is constant along the contraction, None is 1.
+
+    For an accumulator that takes scales of blocks, values are without them too: [..., rows, blocks].
+    """
 
     values: Tensor
     scale: Tensor | None = None
+    of_blocks: Tensor | None = None
 
     @property
     def transposed(self) -> "Operand":
@@ -59,18 +63,23 @@ class State(NamedTuple):
 
 
 def quantize_operand(
-    x: Tensor, rule: Rule | None, transform: int, state: State, dtype: torch.dtype | None = None
+    x: Tensor,
+    rule: Rule | None,
+    transform: int,
+    state: State,
+    dtype: torch.dtype | None = None,
+    is_apart: bool = False,
 ) -> Operand:
     """The operand x [..., rows, contraction] by a rule, behind a Hadamard transform if transform is not 0.
 
-    dtype is that of the layer, where x has another one.
+    dtype is that of the layer, where x has another one. is_apart: the values are the format's, and all scales apart.
     """
     dtype = operand_dtype(dtype or x.dtype, rule)
     if transform:
         x = hadamard(x)
     if rule is None or rule.format is None:
         return Operand(x)
-    in_blocks = is_of_blocks(rule)
+    in_blocks = is_of_blocks(rule) and not is_apart
     if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and not (in_blocks and x.is_cuda):
         x = rounded_to_bfloat16(x)
         # The product is one of float32 numbers there, and Inductor's C++ fails on two blocked operands of 16 bits.
@@ -84,6 +93,9 @@ def quantize_operand(
     if bits is not None and view.numel() != x.numel():
         bits, _ = blocked(random_bits(bits, x.shape), block)
     scales = find_scales(view, tuple(dims), rule, f, state)
+    if is_apart:
+        values = unblocked(projected(view, scales.divisor, f, rule, dtype, bits), x, block)
+        return apart(values, scales, view, x, rule)
     if scales.inner is scales.divisor and x.dtype == dtype:
         values = quantize(view, f, scales.divisor, saturation=rule.saturation, rounding=rule.rounding, random_bits=bits)
     else:
@@ -91,6 +103,16 @@ def quantize_operand(
         if scales.inner is not None:
             values = values * scales.inner.to(dtype)
     return Operand(unblocked(values, x, block), scales.outer)
+
+
+def apart(values: Tensor, scales: Scales, view: Tensor, x: Tensor, rule: Rule) -> Operand:
+    """The operand of an accumulator: scales that are constant along the contraction, and those that are not."""
+    if isinstance(rule.per, str):
+        constant = scales.inner if scales.outer is None else scales.outer
+        return Operand(values, constant.reshape(()) if rule.per == "tensor" and constant is not None else constant)
+    assert scales.inner is not None
+    inner = unblocked(scales.inner.expand(view.shape), x, block_of(rule, x))
+    return Operand(values, scales.outer, inner[..., :: rule.block[1]])
 
 
 def is_of_blocks(rule: Rule) -> bool:

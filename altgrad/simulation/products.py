@@ -49,9 +49,10 @@ class _Product(torch.autograd.Function):
         recipe: Recipe,
     ) -> tuple[Tensor, ...]:
         rules, state = recipe.forward, ProductState(seeds, scales, amax)
-        left = quantize_operand(a, rules.left, rules.hadamard, state.of(0))
-        right = quantize_operand(b, rules.right, rules.hadamard, state.of(1))
-        y = multiply(left, right, rules, a.dtype, bias)
+        is_apart = recipe.accumulators[0] is not None
+        left = quantize_operand(a, rules.left, rules.hadamard, state.of(0), is_apart=is_apart)
+        right = quantize_operand(b, rules.right, rules.hadamard, state.of(1), is_apart=is_apart)
+        y = multiply(left, right, rules, a.dtype, bias, recipe.accumulators[0])
         # What is saved must be an input or an output.
         kept = [left] * keeps_left(recipe) + [right] * keeps_right(recipe)
         return y, *(t for operand in kept for t in operand if t is not None)
@@ -111,77 +112,111 @@ def gradients_of(
     recipe: Recipe = ctx.recipe
     state = ProductState(seeds, scales, ctx.amax)
     outputs = iter(kept)
-    left = read_operand(recipe.forward.left, outputs) if keeps_left(recipe) else None
-    right = read_operand(recipe.forward.right, outputs) if keeps_right(recipe) else None
+    of_forward = recipe.accumulators[0]
+    left = read_operand(recipe.forward.left, outputs, of_forward) if keeps_left(recipe) else None
+    right = read_operand(recipe.forward.right, outputs, of_forward) if keeps_right(recipe) else None
     of_a = of_b = shared = None
     if ctx.needs_input_grad[0]:
-        rules = recipe.grad_input
-        shared = quantize_operand(grad, rules.left, rules.hadamard, state.of(2))
-        other = backward_operand(b, right, rules, state.of(3), grad.dtype)
-        of_a = multiply(shared, other, rules, grad.dtype)
+        rules, is_apart = recipe.grad_input, recipe.accumulators[1] is not None
+        shared = quantize_operand(grad, rules.left, rules.hadamard, state.of(2), is_apart=is_apart)
+        other = backward_operand(b, right, rules, state.of(3), grad.dtype, is_apart)
+        of_a = multiply(shared, other, rules, grad.dtype, accumulator=recipe.accumulators[1])
     if ctx.needs_input_grad[1]:
-        rules = recipe.grad_weight
-        if shared is not None and is_shared(recipe.grad_input, rules):
+        rules, is_apart = recipe.grad_weight, recipe.accumulators[2] is not None
+        if shared is not None and is_shared(recipe):
             first = shared.transposed
         else:
-            first = quantize_operand(grad.mT, rules.left, rules.hadamard, state.of(4))
-        other = backward_operand(a, left, rules, state.of(5), grad.dtype)
-        of_b = multiply(first, other, rules, grad.dtype)
+            first = quantize_operand(grad.mT, rules.left, rules.hadamard, state.of(4), is_apart=is_apart)
+        other = backward_operand(a, left, rules, state.of(5), grad.dtype, is_apart)
+        of_b = multiply(first, other, rules, grad.dtype, accumulator=recipe.accumulators[2])
     return [of_a, of_b, grad.sum(-2, keepdim=ctx.bias_ndim > 1) if ctx.needs_input_grad[2] else None]
 
 
 def keeps_left(recipe: Recipe) -> bool:
-    return serves_again(recipe.forward, recipe.forward.left, recipe.grad_weight)
+    return serves_again(recipe, recipe.forward.left, 2)
 
 
 def keeps_right(recipe: Recipe) -> bool:
-    return serves_again(recipe.forward, recipe.forward.right, recipe.grad_input)
+    return serves_again(recipe, recipe.forward.right, 1)
 
 
-def serves_again(forward: Product, rule: Rule | None, backward: Product) -> bool:
+def serves_again(recipe: Recipe, rule: Rule | None, product: int) -> bool:
     """Whether the operand of the forward product is kept for a product of the backward pass, instead of its source."""
-    again = backward.right
+    again = recipe.products[product].right
     if again is None or rule is None:
         return False
-    same = again == rule and rule.serves_both_directions and not (forward.hadamard or backward.hadamard)
+    same = again == rule and is_one_operand(recipe, rule, 0, product)
     return same or again.source == "forward"
 
 
-def is_shared(first: Product, second: Product) -> bool:
+def is_shared(recipe: Recipe) -> bool:
     """Whether the incoming gradient is rounded once for both products."""
-    rule, transformed = first.left, first.hadamard or second.hadamard
-    return rule == second.left and rule is not None and rule.serves_both_directions and not transformed
+    rule = recipe.grad_input.left
+    return rule is not None and rule == recipe.grad_weight.left and is_one_operand(recipe, rule, 1, 2)
 
 
-def read_operand(rule: Rule | None, tensors: Iterator[Tensor]) -> Operand:
+def is_one_operand(recipe: Recipe, rule: Rule, first: int, second: int) -> bool:
+    """Whether an operand of two products is one and the same, transposed."""
+    transformed = recipe.products[first].hadamard or recipe.products[second].hadamard
+    accumulators = recipe.accumulators[first], recipe.accumulators[second]
+    takes_one = rule.per == "tensor" or accumulators == (None, None)
+    are_alike = (accumulators[0] is None) == (accumulators[1] is None)  # scales are left out of both or of neither
+    return rule.serves_both_directions and takes_one and are_alike and not transformed
+
+
+def read_operand(rule: Rule | None, tensors: Iterator[Tensor], accumulator: str | None) -> Operand:
     """The operand that forward returned as one or two tensors."""
     values = next(tensors)
-    return Operand(values, next(tensors) if rule is not None and rule.has_outer_scale else None)
+    return Operand(values, next(tensors) if rule is not None and rule.has_outer_scale(accumulator) else None)
 
 
 def backward_operand(
-    source: Tensor | None, kept: Operand | None, rules: Product, state: State, dtype: torch.dtype
+    source: Tensor | None, kept: Operand | None, rules: Product, state: State, dtype: torch.dtype, is_apart: bool
 ) -> Operand:
     """The second operand of a product of the backward pass: from the tensor itself, or from the forward operand."""
     if kept is None:
         assert source is not None
-        return quantize_operand(source.mT, rules.right, rules.hadamard, state)
+        return quantize_operand(source.mT, rules.right, rules.hadamard, state, is_apart=is_apart)
     if rules.right is None or rules.right.source != "forward":
         return kept.transposed
     if rules.right.format is None and not rules.hadamard:
         return kept.transposed
     x = kept.values if kept.scale is None else kept.values * kept.scale
-    return quantize_operand(x.mT, rules.right, rules.hadamard, state, dtype)
+    return quantize_operand(x.mT, rules.right, rules.hadamard, state, dtype, is_apart)
 
 
-def multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """``left right^T + bias``, accumulated in float32 (float64), scaled, rounded once to dtype."""
-    announce(rules.is_simulated)
+def multiply(
+    left: Operand,
+    right: Operand,
+    rules: Product,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    accumulator: str | None = None,
+) -> Tensor:
+    """``left right^T + bias``, accumulated in float32 (float64) or as told, scaled, rounded once to dtype."""
+    announce(rules.is_simulated or accumulator is not None)
     device = left.values.device.type
     if torch.is_autocast_enabled(device):  # it would round float32 operands
         with torch.autocast(device, enabled=False):
-            return _multiply(left, right, rules, dtype, bias)
+            return multiply(left, right, rules, dtype, bias, accumulator)
+    if accumulator is not None:
+        return _accumulate(left, right, accumulator, dtype, bias)
     return _multiply(left, right, rules, dtype, bias)
+
+
+def _accumulate(left: Operand, right: Operand, accumulator: str, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """As a tensor core has it. Scales enter as in torch._scaled_mm: two of tensors as their product, others in turn."""
+    if dtype == torch.float64:
+        raise TypeError(f"a layer with accumulator {accumulator!r} must be float16, bfloat16 or float32, got {dtype}")
+    a, b = left.values, right.values
+    of_blocks = (left.of_blocks, None if right.of_blocks is None else right.of_blocks.mT)
+    y = torch.ops.altgrad.matmul(a, b.mT, accumulator, *of_blocks)
+    if left.scale is not None and right.scale is not None and left.scale.ndim == right.scale.ndim == 0:
+        y = y * (left.scale * right.scale)
+    else:
+        for scale in (None if right.scale is None else turned(right.scale), left.scale):
+            y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def _multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype, bias: Tensor | None) -> Tensor:

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
+from ops_registry.accumulators import Accumulator, resolve_accumulator
 from ops_registry.modes import POWER_OF_TWO_RULES, ROUNDINGS, SATURATIONS
 
 from ..quantization.formats import FP8Format, resolve
@@ -127,15 +128,21 @@ class Rule(_Data):
     def is_stochastic(self) -> bool:
         return self.format is not None and self.rounding == "stochastic"
 
-    @property
-    def has_outer_scale(self) -> bool:
+    def has_outer_scale(self, accumulator: str | None) -> bool:
         """Whether a scale is left out of the operand, to be multiplied to the product."""
         if self.format is None:
             return False
         if self.scale is not None:
             return self.scale != 1
-        constant = self.per in ("tensor", "row") and self.power_of_two is None
+        constant = self.per in ("tensor", "row") and (self.power_of_two is None or accumulator is not None)
         return constant or self.scale_format is not None
+
+    def suits(self, accumulator: Accumulator) -> bool:
+        """Whether its scales are those that the accumulator takes."""
+        if accumulator.scaled is None or isinstance(self.per, str):
+            return accumulator.scaled is None and isinstance(self.per, str)
+        has_scales = self.scale_format == "E4M3" if accumulator.sums_block else self.power_of_two is not None
+        return has_scales and self.block[1] == accumulator.scaled
 
     @property
     def serves_both_directions(self) -> bool:
@@ -185,9 +192,12 @@ class Recipe(_Data):
         forward, grad_input, grad_weight: a :class:`Product`, or a pair of rules (left, right). High precision where
             nothing is given.
         source: who published it.
+        accumulator: of all three products or a triple, one for each: the name or the spelling of one of
+            :mod:`altgrad.accumulators`, for operands of the rules' formats. None: float32, by torch.
 
     Raises:
-        TypeError, ValueError: what is no product, or a forward product that has the forward product as its source.
+        TypeError, ValueError: what is no product, a forward product that has the forward product as its source, an
+            unknown accumulator or one that the rules' scales do not suit.
 
     Example:
         >>> from altgrad.simulation import Recipe, Rule
@@ -195,6 +205,9 @@ class Recipe(_Data):
         >>> recipe = Recipe("mine", forward=(rule, rule), grad_input=(rule, rule), grad_weight=(rule, rule))
         >>> Recipe.from_json(recipe.to_json()) == recipe
         True
+        >>> from dataclasses import replace
+        >>> from altgrad.simulation import RECIPES
+        >>> hopper = replace(RECIPES["fp8_current"], accumulator=("HOPPER_FP8_FAST", "HOPPER_FP8", "HOPPER_FP8"))
     """
 
     name: str
@@ -202,6 +215,9 @@ class Recipe(_Data):
     grad_input: Product = Product(None, None)
     grad_weight: Product = Product(None, None)
     source: str = ""
+    accumulator: str | tuple[str | None, str | None, str | None] | None = None
+    # Of forward, grad_input and grad_weight, for operands of the formats of their rules.
+    accumulators: ClassVar[tuple[str | None, ...]] = (None, None, None)
 
     def __post_init__(self) -> None:
         for name in PRODUCTS:
@@ -214,6 +230,44 @@ class Recipe(_Data):
             raise ValueError("a rule of the forward product cannot have source='forward'")
         if self.forward.hadamard and any(rule is not None and rule.source == "forward" for rule in self.rules):
             raise ValueError("source='forward' is not defined behind a Hadamard transform of the forward product")
+        if isinstance(self.accumulator, list):  # JSON has no tuples
+            object.__setattr__(self, "accumulator", tuple(self.accumulator))
+        one = self.accumulator
+        three = one if isinstance(one, tuple) else (one, one, one)
+        if len(three) != 3:
+            raise ValueError(f"accumulator must be one or three, of {', '.join(PRODUCTS)}, got {one!r}")
+        # Resolved now: torch.compile cannot trace it.
+        object.__setattr__(self, "accumulators", tuple(map(self._accumulator_of, three, self.products)))
+
+    def _accumulator_of(self, name: str | None, product: Product) -> str | None:
+        """The accumulator of a product, with the formats of the operands where rules give one."""
+        if name is None:
+            return None
+        accumulator = resolve_accumulator(name)
+        formats: list[FP8Format | str | None] = []
+        of_forward = {id(self.grad_input): self.forward.right, id(self.grad_weight): self.forward.left}
+        for rule, own in zip((product.left, product.right), accumulator.formats, strict=True):
+            if rule is not None and rule.source == "forward":
+                again = of_forward[id(product)]
+                if accumulator.scaled or again is None or again.per != "tensor":
+                    raise ValueError(f"source='forward' needs scales per tensor with accumulator {name!r}")
+                rule = again if rule.format is None else rule
+            if rule is None or rule.format is None:
+                formats.append(own)
+            elif rule.suits(accumulator):
+                formats.append(rule.format)
+            elif accumulator.scaled is None:
+                raise ValueError(
+                    f"accumulator {name!r} needs scales that are constant along the contraction, per='tensor' or "
+                    f"'row', got {rule!r}"
+                )
+            else:
+                scales = "scale_format='E4M3'" if accumulator.sums_block else "scales of powers of two"
+                raise ValueError(
+                    f"accumulator {name!r} needs blocks of {accumulator.scaled} along the contraction with {scales}, "
+                    f"got {rule!r}"
+                )
+        return accumulator.with_formats(*formats).name
 
     @property
     def products(self) -> tuple[Product, Product, Product]:
@@ -236,7 +290,9 @@ class Recipe(_Data):
     def forward_only(self) -> "Recipe":
         """The recipe for inference: gradients in high precision, from operands in high precision."""
         high = Product(None, None)
-        return replace(self, name=f"{self.name}, forward only", grad_input=high, grad_weight=high)
+        accumulator = (self.accumulators[0], None, None) if self.accumulators[0] else None
+        name = f"{self.name}, forward only"
+        return replace(self, name=name, grad_input=high, grad_weight=high, accumulator=accumulator)
 
     def to_json(self) -> str:
         """The recipe as JSON, in which what has its default is left out."""
