@@ -36,10 +36,19 @@ def quantize_operand(
 ) -> Tensor:
     options = block, power_of_two, scale_format, headroom, dtype, random_bits
     f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
+    for dim, size in enumerate(x.shape):
+        if missing := _missing(size, block[dim]):
+            # Apart from each other: of whole blocks and zeros that fill up the last, Inductor's C++ makes wrong bits.
+            if random_bits is not None and random_bits.dtype == SEED:
+                random_bits = bits_of(random_bits, x.shape)
+            ends = size - block[dim] + missing, block[dim] - missing
+            xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
+            modes, others = (format, saturation, rounding, *options[:-1]), {"with_tensor_scale": with_tensor_scale}
+            parts = [quantize_operand(x, tensor_scale, *modes, b, **others) for x, b in zip(xs, bits, strict=True)]
+            return torch.cat(parts, dim)
     view, dims = blocked(x.detach(), block)
-    if random_bits is not None and (random_bits.dtype != SEED or view.numel() != x.numel()):
-        bits = bits_of(random_bits, x.shape) if random_bits.dtype == SEED else random_bits
-        random_bits, _ = blocked(bits, block)
+    if random_bits is not None and random_bits.dtype != SEED:
+        random_bits, _ = blocked(random_bits, block)
     largest = torch.ops.altgrad.amax(view, dims)
     if headroom != 1:
         largest = largest * headroom
