@@ -6,6 +6,7 @@ multiplied by, and has no gradient: it is for the inside of a Function.
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ def quantize_operand(
                 random_bits = bits_of(random_bits, x.shape)
             ends = size - block[dim] + missing, block[dim] - missing
             xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
-            modes, others = (format, saturation, rounding, *options[:-1]), {"with_tensor_scale": with_tensor_scale}
-            parts = [quantize_operand(x, tensor_scale, *modes, b, **others) for x, b in zip(xs, bits, strict=True)]
-            return torch.cat(parts, dim)
+            part = partial(quantize_operand, with_tensor_scale=with_tensor_scale)
+            arguments: tuple[Any, ...] = tensor_scale, format, saturation, rounding, *options[:-1]
+            return torch.cat([part(x, *arguments, b) for x, b in zip(xs, bits, strict=True)], dim)
     view, dims = blocked(x.detach(), block)
     if random_bits is not None and random_bits.dtype != SEED:
         random_bits, _ = blocked(random_bits, block)
