@@ -167,7 +167,7 @@ def test_values_of_the_literature():
 
     def draw(rule):
         advance([state])
-        values, scale = quantize_operand(x, rule, 0, state.of().of(2))
+        values, scale, _ = quantize_operand(x, rule, 0, state.of().of(2))
         return values * scale
 
     def error(y):
