@@ -44,9 +44,9 @@ def quantize_operand(
                 random_bits = bits_of(random_bits, x.shape)
             ends = size - block[dim] + missing, block[dim] - missing
             xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
-            part = partial(quantize_operand, with_tensor_scale=with_tensor_scale)
+            part: Any = partial(quantize_operand, with_tensor_scale=with_tensor_scale)
             arguments: tuple[Any, ...] = tensor_scale, format, saturation, rounding, *options[:-1]
-            return torch.cat([part(x, *arguments, b) for x, b in zip(xs, bits, strict=True)], dim)
+            return torch.cat([part(x, *arguments, random_bits=b) for x, b in zip(xs, bits, strict=True)], dim)
     view, dims = blocked(x.detach(), block)
     if random_bits is not None and random_bits.dtype != SEED:
         random_bits, _ = blocked(random_bits, block)

@@ -1,6 +1,6 @@
 """Scales: the time of a scale and of a quantization by it, beside the peers that do the same work.
 
-    python tests/benchmarks/scaling.py [elements]
+    python tests/benchmarks/scaling.py [elements [bfloat16]]
 
 prints a Markdown table. Every row computes the scales of x and quantizes by them, floating point in and out. Missing
 peers are left out. The runs take turns, so that whatever disturbs the machine disturbs all rows; the least time is the
@@ -139,7 +139,7 @@ def main() -> None:
             times[name].append(seconds(f))
     least = {name: min(t) for name, t in times.items()}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{X.numel()} float32 elements, torch {torch.__version__}, {device}\n")
+    print(f"{X.numel()} {X.dtype} elements, torch {torch.__version__}, {device}\n")
     print("| what | least ms | times `x * 2` | median ms |\n|---|---|---|---|")
     for name, t in least.items():
         median = statistics.median(times[name])
@@ -149,5 +149,5 @@ def main() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     side = math.isqrt(int(sys.argv[1])) if len(sys.argv) > 1 else 4096
-    X = torch.randn(side, side, device=DEVICE)
+    X = torch.randn(side, side, device=DEVICE).to(getattr(torch, sys.argv[2] if len(sys.argv) > 2 else "float32"))
     main()
