@@ -25,14 +25,16 @@ from .checks import (
     check_dequantize,
     check_encode,
     check_matmul,
+    check_pack,
     check_project,
     check_quantize,
     check_quantize_operand,
+    check_unpack,
 )
 from .formats import resolve
 from .layout import strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
-from .operators import library, with_twins
+from .operators import OPERATORS, library, with_twins
 from .tiles import Strips, fits_blocks, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
@@ -76,6 +78,8 @@ def _load() -> tuple[Any, str]:
     native.altgrad_run.restype = None
     native.altgrad_amax.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     native.altgrad_amax.restype = None
+    native.altgrad_pack.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2
+    native.altgrad_pack.restype = None
     native.altgrad_matmul.argtypes = [ctypes.c_char_p]
     native.altgrad_matmul.restype = None
     native.altgrad_blocks.argtypes = [ctypes.c_char_p, ctypes.c_int64]
@@ -186,6 +190,27 @@ def amax(x: Tensor, dims: list[int]) -> Tensor:
     _native.altgrad_amax(x.element_size(), largest.numel(), size, largest.data_ptr(), x.data_ptr())
     others = [dim for dim in dims if dim < first]
     return (largest.amax(others, keepdim=True) if others else largest).to(compute_dtype(x.dtype))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    check_pack(codes, bits)
+    return _pack(OPERATORS["pack"].output(codes, bits), codes, codes.shape[-1], bits, unpacks=False)
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    check_unpack(packed, bits, n)
+    return _pack(OPERATORS["unpack"].output(packed, bits, n), packed, n, bits, unpacks=True)
+
+
+def _pack(out: Tensor, x: Tensor, n: int, bits: int, unpacks: bool) -> Tensor:
+    if out.numel() == 0:
+        return out
+    rows = out.shape[:-1].numel()
+    if n * bits % 8 == 0:  # where rows are whole bytes they are one
+        rows, n = 1, rows * n
+    x = x.contiguous()
+    _native.altgrad_pack(rows, n, bits, unpacks, out.data_ptr(), x.data_ptr())
+    return out
 
 
 def quantize(
@@ -349,6 +374,8 @@ KERNELS = with_twins(
         "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
         "quantize_operand": quantize_operand,
         "amax": amax,
+        "pack": pack,
+        "unpack": unpack,
         "matmul": matmul,
     }
 )

@@ -1,5 +1,6 @@
 """Packed codes against Python's integers, and stored blocks against quantize_blocks and torchao, bit for bit."""
 
+import itertools
 import math
 import pickle
 
@@ -27,6 +28,7 @@ from altgrad.quantization import (
     quantize_blocks,
     unpack,
 )
+from ops_registry import cpu, packing
 
 BLOCK_FORMATS = {
     "MXFP8_E4M3": MXFP8_E4M3,
@@ -69,6 +71,30 @@ def test_pack_is_the_definition(bits, n, device):
     assert_same_bits(unpack(want.to(device), bits, n).cpu(), codes & ((1 << bits) - 1))
     batched = torch.vmap(lambda c: pack(c, bits), in_dims=1)(codes.to(device)).cpu()
     assert_same_bits(batched, want.transpose(0, 1).contiguous())
+
+
+@pytest.mark.skipif(cpu.backend() == "aten", reason="needs the C kernels")
+@pytest.mark.parametrize("target", ["avx512", "avx2", "baseline"])
+def test_packing_of_every_instruction_set(target):
+    """Rows that begin with a group of their own and rows that are one, in two threads."""
+    if cpu.select(cpu._native, target) is None:
+        pytest.skip(f"needs a CPU with {target}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for bits, shape in itertools.product(
+            range(1, 9), [(3, 7), (5, 8), (700, 131), (1, 100003), (1000, 128), (4, 0)]
+        ):
+            codes = torch.randint(256, shape, dtype=torch.uint8)
+            packed = packing.pack(codes, bits)
+            assert_same_bits(cpu.pack(codes, bits), packed)
+            assert_same_bits(cpu.unpack(packed, bits, shape[1]), codes & ((1 << bits) - 1))
+            columns = codes.t().contiguous().t()
+            assert_same_bits(cpu.pack(columns, bits), packed)
+            assert_same_bits(cpu.unpack(packed.t().contiguous().t(), bits, shape[1]), codes & ((1 << bits) - 1))
+    finally:
+        torch.set_num_threads(threads)
+        cpu.select(cpu._native, cpu.backend())
 
 
 def test_errors():

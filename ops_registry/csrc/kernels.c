@@ -78,6 +78,8 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 #include "matmul.h"
 #include "wide.h"
 
+#include "pack.h"
+
 #define JOIN(a, b) a##b
 #define FOR_TARGET(name, target) JOIN(name, target)
 
@@ -103,6 +105,9 @@ void FOR_TARGET(altgrad_amax_, TARGET)(int64_t begin, int64_t end, void *argumen
         LARGEST(uint64_t)
     }
 }
+
+/* Groups begin to end of a struct packing. */
+void FOR_TARGET(altgrad_pack_, TARGET)(int64_t begin, int64_t end, void *packing) { pack_range(packing, begin, end); }
 
 /* Words begin to end of a struct words. */
 void FOR_TARGET(altgrad_random_, TARGET)(int64_t begin, int64_t end, void *argument) {

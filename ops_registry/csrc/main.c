@@ -22,22 +22,25 @@ void altgrad_amax_baseline(int64_t begin, int64_t end, void *rows);
 void altgrad_random_baseline(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_baseline(int64_t begin, int64_t end, void *product);
 void altgrad_blocks_baseline(int64_t begin, int64_t end, void *blocks);
+void altgrad_pack_baseline(int64_t begin, int64_t end, void *packing);
 #ifdef ALTGRAD_X86
 void altgrad_range_avx2(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx2(int64_t begin, int64_t end, void *rows);
 void altgrad_random_avx2(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_avx2(int64_t begin, int64_t end, void *product);
 void altgrad_blocks_avx2(int64_t begin, int64_t end, void *blocks);
+void altgrad_pack_avx2(int64_t begin, int64_t end, void *packing);
 void altgrad_range_avx512(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx512(int64_t begin, int64_t end, void *rows);
 void altgrad_random_avx512(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_avx512(int64_t begin, int64_t end, void *product);
 void altgrad_blocks_avx512(int64_t begin, int64_t end, void *blocks);
+void altgrad_pack_avx512(int64_t begin, int64_t end, void *packing);
 #endif
 
 enum { GRAIN = 32768 }; /* elements that are worth a thread, as in ATen */
 
-static range_function range, amax, random_words, matmul, blocks;
+static range_function range, amax, random_words, matmul, blocks, pack;
 static parallel_function parallel;
 
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
@@ -49,16 +52,16 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
 #endif
     const struct {
         const char *name;
-        range_function range, amax, random, matmul, blocks;
+        range_function range, amax, random, matmul, blocks, pack;
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
-        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512, altgrad_blocks_avx512,
+        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512, altgrad_blocks_avx512, altgrad_pack_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2, has_avx2},
+        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2, altgrad_pack_avx2, has_avx2},
 #endif
-        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline, altgrad_blocks_baseline,
+        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline, altgrad_blocks_baseline, altgrad_pack_baseline,
          1},
     };
     parallel = parallel_for;
@@ -69,6 +72,7 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
             random_words = targets[i].random;
             matmul = targets[i].matmul;
             blocks = targets[i].blocks;
+            pack = targets[i].pack;
             return targets[i].name;
         }
     }
@@ -128,6 +132,12 @@ EXPORT void altgrad_run(const struct plan *plan, const struct tensors *t, const 
 EXPORT void altgrad_amax(int64_t width, int64_t n, int64_t size, void *out, const void *x) {
     struct rows rows = {x, out, width, size};
     run(amax, n, GRAIN / (size + 1) + 1, &rows);
+}
+
+/* Packs or unpacks rows of n codes of bits each, which lie side by side. */
+EXPORT void altgrad_pack(int64_t rows, int64_t n, int32_t bits, int32_t unpacks, void *out, const void *in) {
+    struct packing packing = {in, out, n, bits, unpacks};
+    run(pack, rows * ((n + 7) / 8), GRAIN / 8, &packing);
 }
 
 /* n random words of a seed. */

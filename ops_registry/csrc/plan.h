@@ -79,6 +79,14 @@ struct words {
     uint32_t *out;
 };
 
+/* Rows of n codes of bits each, packed by pack.h or unpacked. */
+struct packing {
+    const uint8_t *in;
+    uint8_t *out;
+    int64_t n;
+    int32_t bits, unpacks;
+};
+
 /* A matrix product by ops_registry/products.py: [batch, size, rows] times [batch, panels, size, PANEL]. */
 struct product {
     int64_t batch, rows, size, columns;

@@ -1,0 +1,81 @@
+/* Codes of 1 to 8 bits, packed and unpacked by groups: 8 codes are as many bytes as a code has bits, in one word. */
+
+#define LANES16 0x0001000100010001u
+#define LANES32 0x0000000100000001u
+
+/* A word has its lowest byte first in memory. */
+INLINE uint64_t little_endian(uint64_t x) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    return __builtin_bswap64(x);
+#else
+    return x;
+#endif
+}
+
+/* The low bits of the 8 bytes of x side by side: in each lane of two bytes, of four, in all. */
+INLINE uint64_t joined(uint64_t x, int bits) {
+    const uint64_t first = 0xFF * LANES16, second = 0xFFFF * LANES32, third = 0xFFFFFFFF;
+    x &= (((uint64_t)1 << bits) - 1) * (LANES16 | LANES16 << 8);
+    x = (x & first) | (x & ~first) >> (8 - bits);
+    x = (x & second) | (x & ~second) >> (16 - 2 * bits);
+    return (x & third) | (x & ~third) >> (32 - 4 * bits);
+}
+
+/* The inverse; what x has above its 8 * bits low ones must be 0. */
+INLINE uint64_t spread(uint64_t x, int bits) {
+    const uint64_t third = ((uint64_t)1 << 4 * bits) - 1, second = (((uint64_t)1 << 2 * bits) - 1) * LANES32;
+    const uint64_t first = (((uint64_t)1 << bits) - 1) * LANES16;
+    x = (x & third) | (x & ~third) << (32 - 4 * bits);
+    x = (x & second) | (x & ~second) << (16 - 2 * bits);
+    return (x & first) | (x & ~first) << (8 - bits);
+}
+
+/* One group of n <= 8 codes. */
+INLINE void pack_group(uint8_t *out, const uint8_t *in, int64_t n, int bits, int unpacks) {
+    const size_t packed = (size_t)(n * bits + 7) / 8;
+    uint64_t x = 0;
+    memcpy(&x, in, unpacks ? packed : (size_t)n);
+    x = little_endian(unpacks ? spread(little_endian(x), bits) : joined(little_endian(x), bits));
+    memcpy(out, &x, unpacks ? (size_t)n : packed);
+}
+
+/* Groups begin to end of rows of n codes, each of which begins with a group of its own. */
+INLINE void pack_groups(const struct packing *p, int64_t begin, int64_t end, int bits, int unpacks) {
+    const int64_t groups = (p->n + 7) / 8, row_bytes = (p->n * bits + 7) / 8;
+    while (begin < end) {
+        const int64_t row = begin / groups, first = begin % groups;
+        const int64_t last = groups - first < end - begin ? groups : first + (end - begin);
+        const int64_t whole = last * 8 <= p->n ? last : last - 1;
+        uint8_t *out = p->out + row * (unpacks ? p->n : row_bytes);
+        const uint8_t *in = p->in + row * (unpacks ? row_bytes : p->n);
+        for (int64_t i = first; i < whole; i++) {
+            pack_group(out + i * (unpacks ? 8 : bits), in + i * (unpacks ? bits : 8), 8, bits, unpacks);
+        }
+        for (int64_t i = whole; i < last; i++) {
+            pack_group(out + i * (unpacks ? 8 : bits), in + i * (unpacks ? bits : 8), p->n - 8 * i, bits, unpacks);
+        }
+        begin += last - first;
+    }
+}
+
+#define FOR_WIDTH(BITS)                                                                                                \
+    case BITS:                                                                                                         \
+        if (p->unpacks) {                                                                                              \
+            pack_groups(p, begin, end, BITS, 1);                                                                       \
+        } else {                                                                                                       \
+            pack_groups(p, begin, end, BITS, 0);                                                                       \
+        }                                                                                                              \
+        break;
+
+static void pack_range(const struct packing *p, int64_t begin, int64_t end) {
+    switch (p->bits) {
+        FOR_WIDTH(1)
+        FOR_WIDTH(2)
+        FOR_WIDTH(3)
+        FOR_WIDTH(4)
+        FOR_WIDTH(5)
+        FOR_WIDTH(6)
+        FOR_WIDTH(7)
+        FOR_WIDTH(8)
+    }
+}
