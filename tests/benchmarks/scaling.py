@@ -31,6 +31,8 @@ from altgrad.quantization import (
     PerBlock,
     PerTensor,
     compute_scale,
+    decode_blocks,
+    encode_blocks,
     quantize_blocks,
 )
 
@@ -57,6 +59,10 @@ def ours() -> Rows:
     }.items():
         rows[f"altgrad {name}"] = lambda options=options: quantize_blocks(X, **options)
         rows[f"altgrad {name}, compiled"] = compiled(quantize_blocks, **options)
+    for name, options in {"MXFP8": MXFP8_E4M3, "MXFP4": MXFP4}.items():
+        blocks = encode_blocks(X, **options)
+        rows[f"altgrad encode_blocks {name}"] = lambda options=options: encode_blocks(X, **options).codes
+        rows[f"altgrad decode_blocks {name}"] = lambda blocks=blocks: decode_blocks(blocks)
     for fraction in (0.99, 0.999, 0.99999):
         options = {"method": "percentile", "fraction": fraction}
         rows[f"altgrad percentile {fraction}, scale only"] = lambda options=options: compute_scale(X, E4M3, **options)
@@ -85,6 +91,10 @@ def torchao() -> Rows:
     ]:
         rows[f"torchao {name}"] = lambda f=f, argument=argument: f(X, argument)
         rows[f"torchao {name}, compiled"] = compiled(f, argument)
+    for name, element in [("MXFP8", torch.float8_e4m3fn), ("MXFP4", torch.float4_e2m1fn_x2)]:
+        tensor = mx.to_mx(X, element, 32)
+        rows[f"torchao to_mx {name}"] = lambda element=element: mx.to_mx(X, element, 32).qdata
+        rows[f"torchao dequantize {name}"] = lambda tensor=tensor: tensor.dequantize(torch.float32)
     return rows
 
 
