@@ -20,7 +20,7 @@ from conftest import (
 )
 
 from altgrad.quantization import decode, encode, quantize, resolve
-from ops_registry import aten
+from ops_registry import aten, cpu
 from ops_registry.arithmetic import code_dtype
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
@@ -74,6 +74,24 @@ def test_decode_every_code(f):
             want = reference_decode(f, codes, scale, dtype)
             for ops in (ag, aten):
                 assert_same_bits(ops.decode(codes, scale, f.name, dtype), want, codes.int())
+
+
+@pytest.mark.skipif(cpu.backend() == "aten", reason="needs the C kernels")
+@pytest.mark.parametrize("target", ["avx2", "baseline"])
+@formats
+def test_other_instruction_sets(f, target):
+    if cpu.select(cpu._native, target) is None:
+        pytest.skip(f"needs a CPU with {target}")
+    try:
+        x, scale = points_of(f) * 0.37, torch.tensor(0.37)
+        for modes in (("none", "nearest_ties_to_even"), ("propagate", "toward_negative")):
+            assert_same_bits(cpu.quantize(x, scale, f.name, *modes), reference_quantize(f, x, scale, *modes), x)
+            if f.code_bytes:
+                want = reference_encode(f, x, scale, *modes)
+                assert_same_bits(cpu.encode(x, scale, f.name, *modes), want, x)
+                assert_same_bits(cpu.decode(want, scale, f.name), reference_decode(f, want, scale))
+    finally:
+        cpu.select(cpu._native, cpu.backend())
 
 
 @formats
