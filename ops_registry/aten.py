@@ -75,8 +75,10 @@ def round_to_format(a: Tensor, format: FP8Format, rounding: str, is_negative: Te
     if rounding == "nearest_ties_to_even":
         return round_nearest(a, format)
 
-    def is_even(below: Tensor, quantum: Tensor) -> Tensor:  # for then the midpoint above it goes there
-        return round_nearest(below + quantum * 0.5, format) == below
+    def is_even(below: Tensor, quantum: Tensor) -> Tensor:
+        if format.mantissa_bits == 0:  # the quantum is the power of two itself; see round_nearest for its code
+            return (below == 0) | ~is_odd(quantum.log2().round() + format.bias)
+        return round_nearest(below + quantum * 0.5, format) == below  # for then the midpoint above it goes there
 
     rounds_away: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
         "nearest_ties_to_away": lambda nearest, below, excess, quantum: excess >= quantum * 0.5,

@@ -13,9 +13,12 @@ import torch
 from altgrad.quantization import FORMAT_REGISTRY, resolve
 from ops_registry.modes import RANDOM_BITS, SEED
 
-# A run must never pass on code that an earlier state of the package compiled.
-_inductor_cache = tempfile.TemporaryDirectory(prefix="altgrad-inductor-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
+# A run must never pass on code that an earlier state of the package compiled; its own processes share what they do.
+if "altgrad-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""):
+    _inductor_cache = tempfile.TemporaryDirectory(prefix="altgrad-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
+# Inductor's pool of processes takes longer to start than the small graphs of tests to compile.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # Signed and of one byte; test_wide_formats.py has the others.
 NAMED = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.is_signed]

@@ -64,7 +64,7 @@ def test_other_dtypes(dtype, device):
 def test_every_saturation_and_rounding(f, device):
     def every_mode(x, scale, random):
         results = [ag.quantize(x, scale, f.name, "none", rounding) for rounding in DETERMINISTIC_ROUNDINGS]
-        results += [ag.quantize(x, scale, f.name, saturation) for saturation in SATURATIONS]
+        results += [ag.quantize(x, scale, f.name, saturation) for saturation in SATURATIONS if saturation != "none"]
         results += [ag.encode(x, scale, f.name, "none", "to_odd")]
         results += [ag.quantize_stochastic(x, scale, random, f.name)]
         return [*results, ag.encode_stochastic(x, scale, random, f.name, "none")]

@@ -25,7 +25,6 @@ def run_workers(size, device, results):
         port = str(free.getsockname()[1])
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     env |= {"RESULTS": str(results / "results"), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(results / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with ExitStack() as logs:
         processes = [
             subprocess.Popen(
