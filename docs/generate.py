@@ -287,9 +287,15 @@ def described(docstring: str) -> str:
 def api() -> str:
     """The public functions and classes, from their docstrings."""
     parts = []
-    for name in ("altgrad.quantization", "altgrad.simulation", "altgrad.report", "altgrad.storage"):
+    for name in (
+        "altgrad.quantization",
+        "altgrad.simulation",
+        "altgrad.accumulators",
+        "altgrad.report",
+        "altgrad.storage",
+    ):
         module = importlib.import_module(name)
-        parts.append(f"## {name}\n\n{described(module.__doc__ or '')}")
+        parts.append(f"## {module.__name__}\n\n{described(module.__doc__ or '')}")
         for member in module.__all__:
             value = getattr(module, member)
             if callable(value) and value.__doc__:

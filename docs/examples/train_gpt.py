@@ -13,7 +13,7 @@ import argparse
 import json
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from altgrad.simulation import RECIPES, Recipe, Rule, Simulation, disabled, simulate
 
 FP4 = Rule("E2M1", per=16, scale_format="E4M3")
-CHOICES = {"baseline": None, **RECIPES, "fp4_nearest": Recipe("fp4_nearest", (FP4, FP4), (FP4, FP4), (FP4, FP4))}
+HOPPER = ("HOPPER_FP8_FAST", "HOPPER_FP8", "HOPPER_FP8")
+CHOICES = {
+    "baseline": None,
+    **RECIPES,
+    "fp4_nearest": Recipe("fp4_nearest", (FP4, FP4), (FP4, FP4), (FP4, FP4)),
+    "fp8_hopper": replace(RECIPES["fp8_current"], name="fp8_hopper", accumulator=HOPPER),
+}
 DEFAULT = ["baseline", "fp8_current", "mxfp8", "nvfp4", "fp4_nearest"]
 
 
