@@ -187,6 +187,17 @@ def scales_of_every_granularity_and_rule(size):
 
 
 @case
+def products_are_sums_of_whole_contractions(size):
+    """Split along rows or columns; a split contraction is gathered, since parts of a sum are other sums."""
+    a, b = quantize(randn(7, 40), "E4M3"), quantize(randn(40, 9, seed=1), "E4M3")
+    want = ag.matmul(a, b, "HOPPER_FP8_FAST")
+    for of_a, of_b in itertools.product(PLACEMENTS, repeat=2):
+        mesh = meshes(size)[0]
+        got = ag.matmul(distribute_tensor(a, mesh, [of_a]), distribute_tensor(b, mesh, [of_b]), "HOPPER_FP8_FAST")
+        assert_same_bits(got.full_tensor(), want)
+
+
+@case
 def statistics_of_the_whole(size):
     x, g = randn(7, 10) * 3, randn(7, 10, seed=1)
     want, stalled = quantization_stats(x, "E4M3", 0.37), bit_stall(x, g, 0.1, "E4M3", 0.37)
