@@ -163,6 +163,30 @@ def a_seed_counts_the_elements_of_the_whole(size):
     assert_same_bits(got.full_tensor(), quantize(x, "E2M1", rounding="stochastic"))
 
 
+@case
+def compiled(size):
+    """Before the blocks below: behind them, Inductor's partitioner fails in this process (docs/operators.md)."""
+    mesh, x, scale, bits = meshes(size)[-1], randn(8, 12), torch.tensor(0.37, device=DEVICE), random_bits((8, 12))
+
+    def function(x, scale, bits):
+        y = ag.dequantize(ag.quantize(x, scale, "E3M4"), scale)
+        return y, ag.quantize_stochastic(y, scale, bits, "E5M2"), ag.decode(ag.encode(y, scale, "E4M3"), scale, "E4M3")
+
+    plain = x.clone().requires_grad_()
+    want = function(plain, scale, bits)
+    (want[0] + want[1]).sum().backward()
+    placements = [Shard(0)] * mesh.ndim
+    split = distribute_tensor(x, mesh, placements).requires_grad_()
+    replicated = distribute_tensor(scale, mesh, [Replicate()] * mesh.ndim)
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if size == 2 else "aot_eager")
+    outputs = compiled(split, replicated, distribute_tensor(bits, mesh, placements))
+    (outputs[0] + outputs[1]).sum().backward()
+    for got, expected in zip(outputs, want, strict=True):
+        assert got.placements == tuple(placements)
+        assert_same_bits(got.full_tensor(), expected)
+    assert_same_bits(split.grad.full_tensor(), plain.grad)
+
+
 GRANULARITIES = [
     *(PerTensor(), PerAxis(0), PerAxis(-1), PerAxis((0, 1)), PerBlock(4), PerBlock(3), PerBlock((3, 5))),
     *(PerBlock((2, 4)), PerBlock({0: 3}), PerBlock({0: 2}), PerBlock((16, 32))),
@@ -238,29 +262,6 @@ def dimension_shorter_than_the_mesh(size):
     mesh, x = meshes(size)[0], randn(size - 1, 3)
     got = quantize(distribute_tensor(x, mesh, [Shard(0)]), "E3M4", torch.tensor(0.37, device=DEVICE))
     assert_same_bits(got.full_tensor(), quantize(x, "E3M4", 0.37))
-
-
-@case
-def compiled(size):
-    mesh, x, scale, bits = meshes(size)[-1], randn(8, 12), torch.tensor(0.37, device=DEVICE), random_bits((8, 12))
-
-    def function(x, scale, bits):
-        y = ag.dequantize(ag.quantize(x, scale, "E3M4"), scale)
-        return y, ag.quantize_stochastic(y, scale, bits, "E5M2"), ag.decode(ag.encode(y, scale, "E4M3"), scale, "E4M3")
-
-    plain = x.clone().requires_grad_()
-    want = function(plain, scale, bits)
-    (want[0] + want[1]).sum().backward()
-    placements = [Shard(0)] * mesh.ndim
-    split = distribute_tensor(x, mesh, placements).requires_grad_()
-    replicated = distribute_tensor(scale, mesh, [Replicate()] * mesh.ndim)
-    compiled = torch.compile(function, fullgraph=True, backend="inductor" if size == 2 else "aot_eager")
-    outputs = compiled(split, replicated, distribute_tensor(bits, mesh, placements))
-    (outputs[0] + outputs[1]).sum().backward()
-    for got, expected in zip(outputs, want, strict=True):
-        assert got.placements == tuple(placements)
-        assert_same_bits(got.full_tensor(), expected)
-    assert_same_bits(split.grad.full_tensor(), plain.grad)
 
 
 class QuantizedGradient(torch.autograd.Function):

@@ -118,7 +118,8 @@ def test_a_process_interrupted(checkpoint):
     """The signal of Ctrl-C while threads count a tensor."""
     torch.save([torch.ones(1 << 20) for _ in range(100)], checkpoint)
     code = """if True:
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background leaves out
         from altgrad.report import cli, weights
         def layer(*arguments, original=weights._layer):
             print("a tensor", flush=True)
