@@ -56,13 +56,15 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
-        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512, altgrad_blocks_avx512, altgrad_pack_avx512,
+        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512,
+         altgrad_blocks_avx512, altgrad_pack_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2, altgrad_pack_avx2, has_avx2},
+        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2,
+         altgrad_pack_avx2, has_avx2},
 #endif
-        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline, altgrad_blocks_baseline, altgrad_pack_baseline,
-         1},
+        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline,
+         altgrad_blocks_baseline, altgrad_pack_baseline, 1},
     };
     parallel = parallel_for;
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {

@@ -58,19 +58,20 @@ struct rows {
     int64_t width, size;
 };
 
-/* The blocks of quantize_operand: matrices of rows and columns in blocks of height times width, x and random laid out as
- * out. A strip is one block high and span columns wide: whole blocks of CHUNK columns at most, or one longer block. */
+/* The blocks of quantize_operand: matrices of rows and columns in blocks of height times width, x and random laid out
+ * as out. A strip is one block high and span columns wide: whole blocks of CHUNK columns at most, or one longer block.
+ */
 struct blocks {
     const struct plan *plan, *level; /* of the elements, and of scales in a format of their own, or NULL */
     char *out;
     const char *x, *random;
     int64_t rows, columns, height, width, span, strips_down, strips_across;
-    int64_t steps[2];                        /* of matrices and rows, in what a seed counts; that of columns is 1 */
-    float headroom, max_value, most;         /* a scale is at most so large, and not below: */
-    float smallest, factor, second_factor;   /* the factors make room for subnormals */
-    float tensor_scale;                      /* above scales in a format */
-    int32_t with_tensor_scale, is_power;     /* whether values are multiplied by it; scales are powers of two: */
-    int32_t by_quotient, carry, exponent;    /* of amax or of its quotient, with what rounds up and what is taken off */
+    int64_t steps[2];                      /* of matrices and rows, in what a seed counts; that of columns is 1 */
+    float headroom, max_value, most;       /* a scale is at most so large, and not below: */
+    float smallest, factor, second_factor; /* the factors make room for subnormals */
+    float tensor_scale;                    /* above scales in a format */
+    int32_t with_tensor_scale, is_power;   /* whether values are multiplied by it; scales are powers of two: */
+    int32_t by_quotient, carry, exponent;  /* of amax or of its quotient, with what rounds up and what is taken off */
 };
 
 /* The random words of a seed. */
