@@ -40,7 +40,7 @@ GRAMMAR = (
     "operands, as in (E4M3,E5M2), 'any' for float32"
 )
 _RULE = re.compile(
-    r"(?:g([0-9]{1,4})f([0-9]{1,2}))?e([0-9])m([0-9]{1,2})([zn])(?:p([0-9]{1,6}))?(?:([sx])([0-9]{1,4}))?", re.I
+    r"(?:g([0-9]{1,4})f([0-9]{1,2}))?e([0-9])m([0-9]{1,2})([zn])(?:p([0-9]{1,6}))?(?:([sx])([0-9]{1,4}))?"
 )
 _SPELLING = re.compile(r"(\w+)(?:\(([\w-]+),([\w-]+)\))?", re.ASCII)
 _MOST_BITS = 50  # of a sum of terms, so that float64 holds it
@@ -106,6 +106,11 @@ class Accumulator:
         return resolve("E4M3" if self.sums_block else "E8M0") if self.scaled else None
 
     @property
+    def products_of_term(self) -> int:
+        """How many products are summed before they are aligned."""
+        return self.scaled if self.scaled and self.sums_block else 1
+
+    @property
     def min_exponent(self) -> int:
         """That of the smallest normal number of what is kept."""
         return 2 - (1 << self.exponent_bits - 1)
@@ -160,7 +165,7 @@ def resolve_accumulator(accumulator: str) -> Accumulator:
         named = _SPELLING.fullmatch(NAMED_ACCUMULATORS[rule.upper()])
         assert named is not None
         rule, formats = named[1], formats if formats[0] else named.groups()[1:]
-    fields = _RULE.fullmatch(rule)
+    fields = _RULE.fullmatch(rule.lower())
     if fields is None:
         raise ValueError(
             f"unknown accumulator {accumulator!r}: expected one of {', '.join(NAMED_ACCUMULATORS)}, "
@@ -173,10 +178,10 @@ def resolve_accumulator(accumulator: str) -> Accumulator:
         None if fraction_bits is None else int(fraction_bits),
         int(exponent_bits),
         int(mantissa_bits),
-        rounding in "zZ",
+        rounding == "z",
         int(promotion) if promotion else None,
         int(scaled) if scaled else None,
-        kind in ("x", "X"),
+        kind == "x",
         tuple(None if name in (None, "any") else resolve(name) for name in formats),  # type: ignore[arg-type]
     )
 

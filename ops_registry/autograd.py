@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .accumulators import Accumulator, resolve_accumulator
+from .accumulators import resolve_accumulator
 from .arithmetic import divide
 from .operators import OPERATORS, library
+from .products import of_products
 
 try:
     from torch._functorch.utils import enable_single_level_autograd_function
@@ -81,27 +82,26 @@ def _unscale_to_dtype(ctx: Any, tangent: Tensor) -> Tensor:
     return divide(tangent, *ctx.saved_tensors).to(dtype)
 
 
-def _scaled(x: Tensor, scale: Tensor | None, dim: int, rule: Accumulator) -> Tensor:
-    if scale is None or rule.scaled is None:
+def _scaled(x: Tensor, scale: Tensor | None, dim: int, scaled: int | None) -> Tensor:
+    if scale is None or scaled is None:
         return x
-    return x.float() * scale.float().repeat_interleave(rule.scaled, dim).narrow(dim, 0, x.shape[dim])
+    return x.float() * of_products(scale.float(), scaled, dim, x.shape[dim])
 
 
 def _matmul(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Both products by the same accumulator; the incoming gradient is not rounded, whatever the operands are."""
     a, b, _, *scales = ctx.saved_tensors
     rule = resolve_accumulator(ctx.options[0])
-    of_a = of_b = None
-    if rule.scaled:
-        of_a, of_b = scales
-        a, b = _scaled(a, of_a, -1, rule), _scaled(b, of_b, -2, rule)
+    scaled = rule.scaled
+    of_a, of_b = scales if scaled else (None, None)
+    if scaled:
+        a, b = _scaled(a, of_a, -1, scaled), _scaled(b, of_b, -2, scaled)
         rule = rule.without_scales
     left, right = rule.formats
     matmul = torch.ops.altgrad.matmul
     grad_a = matmul(grad, b.mT, rule.with_formats(None, right).name)
     grad_b = matmul(a.mT, grad, rule.with_formats(left, None).name)
-    whole = resolve_accumulator(ctx.options[0])
-    return _scaled(grad_a, of_a, -1, whole).to(a.dtype), _scaled(grad_b, of_b, -2, whole).to(b.dtype)
+    return _scaled(grad_a, of_a, -1, scaled).to(a.dtype), _scaled(grad_b, of_b, -2, scaled).to(b.dtype)
 
 
 def _matmul_tangent(ctx: Any, of_a: Tensor | None, of_b: Tensor | None) -> Tensor | None:

@@ -32,7 +32,7 @@ from .checks import (
     check_unpack,
 )
 from .formats import resolve
-from .layout import strides_over
+from .layout import laid_out_as, strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .tiles import Strips, fits_blocks, scaling_of, strips_of
@@ -296,7 +296,7 @@ def matmul(
     panels = products.Factor(*(t.transpose(1, 2).contiguous() for t in filled))
     tensors = (left.values, panels.values, left.exponents, panels.exponents, out)
     fields = [batch, a.shape[-2], size, columns, *(t.data_ptr() for t in tensors)]
-    fields += [rule.group, (rule.scaled or 1) if rule.sums_block else 1, rule.promotion or 0, not rule.is_narrow]
+    fields += [rule.group, rule.products_of_term, rule.promotion or 0, not rule.is_narrow]
     fields += [-1 if rule.fraction_bits is None else rule.fraction_bits, rule.least_exponent, rule.mantissa_bits]
     fields += [max(rule.min_exponent, rule.least_exponent), 1 << rule.exponent_bits - 1, rule.is_truncated]
     if out.numel():
@@ -327,19 +327,19 @@ def quantize_operand(
     out = torch.empty_like(x, dtype=dtype)
     strips = strips_of(out.shape, out.stride(), tuple(block))
     if strips is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        formula = partial(blocks.quantize_operand, with_tensor_scale=with_tensor_scale)
-        return out.copy_(formula(x, tensor_scale, format, saturation, rounding, *options))
+        modes = saturation, rounding, *options, with_tensor_scale
+        return out.copy_(blocks.quantize_operand(x, tensor_scale, format, *modes))
     random, random_dtype = _random_of(random_bits, out, strips)
-    x = _laid_out(x, out)
+    x = laid_out_as(out, x)
     plan = _plan("quantize", x.dtype, torch.float32, out.dtype, format, saturation, rounding, random_dtype)
     level = None if g is None else _plan("quantize", torch.float32, torch.float32, torch.float32, g.name)
     scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
     smallest = 2.0**-126 if g is None else g.smallest_normal or g.smallest_subnormal
     above = 1.0 if tensor_scale is None else tensor_scale.item()
     numbers = headroom, f.max_representable_value, scaling.most, smallest, scaling.factor, scaling.second_factor, above
-    modes = with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent
+    how = with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent
     addresses = _address(plan), 0 if level is None else _address(level), out.data_ptr(), x.data_ptr(), random.data_ptr()
-    _native.altgrad_blocks(_blocks(*addresses, *strips.integers, *numbers, *modes), strips.number)
+    _native.altgrad_blocks(_blocks(*addresses, *strips.integers, *numbers, *how), strips.number)
     return out
 
 
@@ -348,15 +348,10 @@ def _random_of(random_bits: Tensor | None, out: Tensor, strips: Strips) -> tuple
     if random_bits is None:
         return out, torch.int32
     if random_bits.dtype != SEED:
-        return _laid_out(random_bits.to(torch.int32), out), random_bits.dtype
+        return laid_out_as(out, random_bits.to(torch.int32)), random_bits.dtype
     if strips.counts_columns:
         return random_bits, SEED
-    return _laid_out(random_words(random_bits, out.shape), out), torch.int32
-
-
-def _laid_out(tensor: Tensor, out: Tensor) -> Tensor:
-    """The tensor with the strides of out."""
-    return tensor if tensor.stride() == out.stride() else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
+    return laid_out_as(out, random_words(random_bits, out.shape)), torch.int32
 
 
 def _address(plan: bytes) -> int:

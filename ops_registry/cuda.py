@@ -17,7 +17,7 @@ from . import aten, blocks, products
 from .arithmetic import code_dtype
 from .checks import check_decode, check_encode, check_matmul, check_project, check_quantize, check_quantize_operand
 from .formats import FP8Format, resolve
-from .layout import strides_over
+from .layout import laid_out_as, strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import library, with_twins
 from .philox import random_bits as bits_of
@@ -114,7 +114,7 @@ def in_order_of(out: Tensor, x: Tensor) -> Tensor:
         if out.is_contiguous():
             return x
         x = bits_of(x, out.shape)
-    return x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
+    return laid_out_as(out, x)
 
 
 def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str) -> bool:
@@ -259,8 +259,8 @@ def quantize_operand(
     tiling = tiling_of(out.shape, out.stride(), tuple(block), is_counted)
     module = kernels("cuda_blocks")
     if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        formula = partial(blocks.quantize_operand, with_tensor_scale=with_tensor_scale)
-        return out.copy_(formula(x, tensor_scale, format, saturation, rounding, *options))
+        modes = saturation, rounding, *options, with_tensor_scale
+        return out.copy_(blocks.quantize_operand(x, tensor_scale, format, *modes))
     if tensor_scale is None:
         tensor_scale = x  # not looked at
     elif tensor_scale.get_device() != out.get_device():

@@ -127,9 +127,8 @@ def product_kernel(a, b, a_exponents, b_exponents, out, rows, columns, size, rul
                 )
             scale = power_of_two(rule.fraction_bits - most, kept.dtype)
             summed = toward_zero(kept * scale)
-            step: tl.constexpr = rule.scaled if rule.sums_block else 1
-            for block in range(first, end, step):
-                last = tl.minimum(block + step, end)
+            for block in range(first, end, rule.products_of_term):
+                last = tl.minimum(block + rule.products_of_term, end)
                 value = term(a, b, block, last, rows, columns, row, column, in_rows, in_columns, zero)
                 summed += toward_zero(value * scale)
             kept = round_kept(summed * power_of_two(most - rule.fraction_bits, kept.dtype), rule)

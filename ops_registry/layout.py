@@ -64,6 +64,11 @@ def in_order(t: Tensor, order: list[int]) -> Tensor:
     return t[(None,) * (len(order) - t.ndim)].permute(order)
 
 
+def laid_out_as(out: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the strides of out: itself where it has them."""
+    return tensor if tensor.stride() == out.stride() else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
+
+
 def strides_over(ndim: int, shape: Iterable[int], strides: Iterable[int]) -> list[int]:
     """The strides with which a tensor of this shape walks when it is broadcast to ndim dimensions."""
     own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]

@@ -85,18 +85,6 @@ def _like_x(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _projected(
-    x: Tensor,
-    scale: Tensor,
-    format: str,
-    saturation: str = SATURATIONS[0],
-    rounding: str = ROUNDINGS[0],
-    dtype: torch.dtype | None = None,
-    random_bits: Tensor | None = None,
-) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
-
-
 def _codes(x: Tensor, scale: Tensor, format: str, *args: Any, **random_bits: Any) -> Tensor:
     return torch.empty_like(x, dtype=code_dtype(resolve(format)))
 
@@ -105,7 +93,7 @@ def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None
     return torch.empty_like(codes, dtype=dtype or torch.float32)
 
 
-def _operand(x: Tensor, *args: Any) -> Tensor:
+def _in_dtype(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, dtype=next((a for a in args if isinstance(a, torch.dtype)), None))
 
 
@@ -133,10 +121,8 @@ OPERATORS = {
     "encode_stochastic": Operator(_STOCHASTIC, stochastic(check_encode), stochastic(_codes)),
     "quantize_gradient": Operator(_DETERMINISTIC, check_quantize, _like_x),
     "quantize_gradient_stochastic": Operator(_STOCHASTIC, stochastic(check_quantize), _like_x),
-    "project": Operator(_DETERMINISTIC.replace(") -> Tensor", _TO_DTYPE), check_project, _projected),
-    "project_stochastic": Operator(
-        _STOCHASTIC.replace(") -> Tensor", _TO_DTYPE), stochastic(check_project), stochastic(_projected)
-    ),
+    "project": Operator(_DETERMINISTIC.replace(") -> Tensor", _TO_DTYPE), check_project, _in_dtype),
+    "project_stochastic": Operator(_STOCHASTIC.replace(") -> Tensor", _TO_DTYPE), stochastic(check_project), _in_dtype),
     "decode": Operator(
         "(Tensor codes, Tensor scale, str format, ScalarType? dtype=None) -> Tensor", check_decode, _values
     ),
@@ -146,12 +132,12 @@ OPERATORS = {
         _IN_BLOCKS_STOCHASTIC, stochastic(check_quantize_operand), _like_x, is_pointwise=False
     ),
     "quantize_operand": Operator(
-        _IN_BLOCKS.replace(") -> Tensor", _TO_DTYPE), check_quantize_operand, _operand, is_pointwise=False
+        _IN_BLOCKS.replace(") -> Tensor", _TO_DTYPE), check_quantize_operand, _in_dtype, is_pointwise=False
     ),
     "quantize_operand_stochastic": Operator(
         _IN_BLOCKS_STOCHASTIC.replace(") -> Tensor", _TO_DTYPE),
         stochastic(check_quantize_operand),
-        _operand,
+        _in_dtype,
         is_pointwise=False,
     ),
     "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),

@@ -35,7 +35,7 @@ def factors(
 def _factor(name: str, x: Tensor, accumulator: Accumulator, side: int, scale: Tensor | None) -> Factor:
     f = accumulator.formats[side]
     x = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
-    values = x.to(torch.float32 if accumulator.is_narrow else torch.float64, memory_format=torch.contiguous_format)
+    values = x.to(torch.float32 if accumulator.is_narrow else torch.float64)
     if f is not None and not (f.name == "BF16" and x.dtype == torch.bfloat16):
         _check_values(name, values, f, accumulator.name)
     exponents = exponents_of(values, -126 if f is None else f.min_exponent)
@@ -43,11 +43,16 @@ def _factor(name: str, x: Tensor, accumulator: Accumulator, side: int, scale: Te
         assert accumulator.scaled is not None and accumulator.scale_format is not None
         scale = scale.reshape(scale.shape[:-2].numel(), *scale.shape[-2:]).double()
         _check_values(f"{name}_scale", scale, accumulator.scale_format, accumulator.name)
-        scale = scale.repeat_interleave(accumulator.scaled, 1)[:, : x.shape[1]]
+        scale = of_products(scale, accumulator.scaled, 1, x.shape[1])
         own = exponents_of(scale, accumulator.scale_format.min_exponent)
         exponents = torch.where(exponents > NOT_COUNTED, own + (0 if accumulator.sums_block else exponents), exponents)
         values = values * scale
     return Factor(values.contiguous(), exponents.contiguous())
+
+
+def of_products(scale: Tensor, scaled: int, dim: int, size: int) -> Tensor:
+    """Scales of blocks along dim, one for each of the products."""
+    return scale.repeat_interleave(scaled, dim).narrow(dim, 0, size)
 
 
 def exponents_of(values: Tensor, least: int) -> Tensor:
@@ -116,10 +121,10 @@ def _accumulated(left: Factor, right: Factor, rule: Accumulator) -> Tensor:
 def _aligned_sum(kept: Tensor, terms: Tensor, exponents: Tensor, rule: Accumulator) -> Tensor:
     assert rule.fraction_bits is not None
     if rule.sums_block:
-        assert rule.scaled is not None
-        blocks = range(0, terms.shape[1], rule.scaled)
-        exponents = torch.stack([exponents[:, i : i + rule.scaled].amax(1) for i in blocks], 1)
-        terms = torch.stack([terms[:, i : i + rule.scaled].sum(1) for i in blocks], 1)
+        size = rule.products_of_term
+        blocks = range(0, terms.shape[1], size)
+        exponents = torch.stack([exponents[:, i : i + size].amax(1) for i in blocks], 1)
+        terms = torch.stack([terms[:, i : i + size].sum(1) for i in blocks], 1)
         exponents = torch.where(terms == 0, NOT_COUNTED, exponents)
     largest = torch.maximum(exponents.amax(1), exponents_of(kept, rule.min_exponent)).clamp(min=rule.least_exponent)
     scale = power_of_two(rule.fraction_bits - largest)

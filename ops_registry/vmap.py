@@ -71,12 +71,9 @@ def _unpack(info: Any, in_dims: tuple[int, None, None], packed: Tensor, bits: in
 
 
 def _matmul(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, int]:
-    def stack(x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-    return torch.ops.altgrad.matmul(*map(stack, (a, b, *args), in_dims)), 0
+    arguments = zip((a, b, *args), in_dims, strict=True)
+    stacked = [_stack(info, x, dim) if isinstance(x, Tensor) else x for x, dim in arguments]
+    return torch.ops.altgrad.matmul(*stacked), 0
 
 
 for _name in IN_BLOCKS:

@@ -4,9 +4,6 @@ Tests named ``interpreted`` run the kernels on the CPU, in the process that ``te
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from conftest import (
     reference_encode,
     reference_quantize,
 )
+from interpreter import interpreted, run_interpreted, runs_interpreted
 from samples import SAMPLES
 
 from altgrad.quantization import E4M3, E5M2, E7M0, quantize, resolve
@@ -41,8 +39,6 @@ except ImportError:
     triton = None
 
 altgrad = torch.ops.altgrad
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
 
 
 @pytest.fixture
@@ -83,17 +79,9 @@ def test_offsets_in_tall_tiles_fit_32_bits():
         assert not walk.is_columns or rows_of_tile * columns <= 2**30
 
 
-@pytest.mark.compiles
-@pytest.mark.skipif(triton is None or INTERPRETS, reason="needs triton")
-@pytest.mark.skipif(
-    triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
-    reason="the interpreter of older versions rounds a fused multiply-add twice",
-)
+@runs_interpreted
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout, run.stdout
+    run_interpreted(__file__)
 
 
 @interpreted

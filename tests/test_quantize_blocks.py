@@ -3,27 +3,18 @@
 Tests named ``interpreted`` run the Triton kernel on the CPU, in the process that ``test_interpreter`` starts.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bits, random_bit_patterns, reference_quantize
+from interpreter import INTERPRETS, interpreted, run_interpreted, runs_interpreted
 
 from altgrad.quantization import PerAxis, PerBlock, PerTensor, compute_scale, resolve
 from altgrad.quantization.two_levels import Levels
 from ops_registry import aten, blocks, cuda, tiles
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, POWER_OF_TWO_RULES, SATURATIONS
 
-try:
-    import triton
-except ImportError:
-    triton = None
-
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
 kernels = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow in the interpreted kernel
 NEAREST = "propagate", "nearest_ties_to_even"
 FORMATS = [resolve(name) for name in ("E4M3", "E2M1", "E5M2", "E0M7", "E7M0", "E4M3FNUZ", "e3m2b-60f", "e2m2b100f")]
@@ -229,17 +220,9 @@ def test_compiled_with_a_smaller_last_block():
     assert_same_bits(compiled(x), torch.ops.altgrad.quantize_blocks(*args), x)
 
 
-@pytest.mark.compiles
-@pytest.mark.skipif(triton is None or INTERPRETS, reason="needs triton")
-@pytest.mark.skipif(
-    triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
-    reason="the interpreter of older versions rounds a fused multiply-add twice",
-)
+@runs_interpreted
 def test_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout, run.stdout
+    run_interpreted(__file__)
 
 
 @pytest.fixture
