@@ -55,31 +55,32 @@ class Levels(NamedTuple):
 
     def tensor_scale(self, x: Tensor) -> Tensor | None:
         """The scale of the whole tensor x, 0-d."""
-        if not self.has_tensor_scale:
-            return None
-        largest = self._largest(x)
-        if self.arithmetic == "exact":
-            return as_scale(largest, self.top).reshape(())
-        return reciprocal(self._multiplier(largest)).masked_fill(~largest.isfinite(), math.nan).reshape(())
+        return self._tensor_scale(self._largest(x)) if self.has_tensor_scale else None
 
     def scaler(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The function statistic -> scale for groups of x; headroom is part of the statistics."""
-        f, g, tensor_scale = self.format, self.scale_format, self.tensor_scale(x)
+        f, g = self.format, self.scale_format
 
         def alone(statistic: Tensor) -> Tensor:
             one = statistic.new_ones(())
             return block_level(statistic, f, g, one).masked_fill(statistic == math.inf, math.nan)
 
-        if tensor_scale is None:
+        if not self.has_tensor_scale:
             return alone
+        largest = self._largest(x)
+        tensor_scale = self._tensor_scale(largest)
         if self.arithmetic == "exact":
             return lambda statistic: block_level(statistic, f, g, tensor_scale) * tensor_scale
-        largest = self._largest(x)
         multiplier = self._multiplier(largest) * reciprocal(largest.new_full((), f.max_representable_value))
         return lambda statistic: quantize(statistic * multiplier, g, saturation="finite") * tensor_scale
 
     def _largest(self, x: Tensor) -> Tensor:
         return PerTensor().apply(amax, x.detach()) * self.headroom
+
+    def _tensor_scale(self, largest: Tensor) -> Tensor:
+        if self.arithmetic == "exact":
+            return as_scale(largest, self.top).reshape(())
+        return reciprocal(self._multiplier(largest)).masked_fill(~largest.isfinite(), math.nan).reshape(())
 
     def _multiplier(self, largest: Tensor) -> Tensor:
         """TransformerEngine's global encode scale: what x is multiplied by for the scale of the tensor."""
