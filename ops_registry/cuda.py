@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, blocks, products
+from . import aten, products
 from .arithmetic import code_dtype
 from .checks import check_decode, check_encode, check_matmul, check_project, check_quantize, check_quantize_operand
 from .formats import FP8Format, resolve
+from .launches import Launch, served
 from .layout import laid_out_as, strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import library, with_twins
@@ -25,6 +26,7 @@ from .tiles import fits_blocks, scaling_of, tiling_of
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
+Described = tuple[Tensor, Launch | None]  # the output of an operator, and what writes it
 
 MAX_RUNS = 4
 NUM_WARPS = 4
@@ -34,9 +36,6 @@ ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the r
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
 _NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS
-
-# What a kernel was compiled for -> the compiled kernel. Its launch skips the search in Triton's own cache.
-_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 class Walk(NamedTuple):
@@ -117,8 +116,10 @@ def in_order_of(out: Tensor, x: Tensor) -> Tensor:
     return laid_out_as(out, x)
 
 
-def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str) -> bool:
-    """Runs a kernel of cuda_kernels.py; False where it cannot serve.
+def launch_of(
+    kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str
+) -> Launch | None:
+    """A launch of a kernel of cuda_kernels.py; None where it cannot serve.
 
     A 0-d scale on the CPU becomes an argument of the kernel, or of a fill: there is no synchronization. In inputs, out
     stands for random bits where there are none.
@@ -126,7 +127,7 @@ def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8
     planned = plan(out.shape, out.stride(), scale.shape, scale.stride(), BLOCK_BYTES // out.element_size())
     module = kernels("cuda_kernels")
     if module is None or planned is None:
-        return False
+        return None
     programs, integers, layout = planned
     tensors: list[Any] = [scale, *[in_order_of(out, x) for x in inputs], out]
     if scale.get_device() != out.get_device():
@@ -135,34 +136,8 @@ def launch(kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8
         else:
             tensors[0] = scale.float().item()
     options = {"num_warps": NUM_WARPS, "maxnreg": None if layout[0].is_columns else MAX_REGISTERS}
-    start(getattr(module, kernel), programs, tensors, (out.numel(), *integers), (*layout, f, *modes), options)
-    return True
-
-
-def start(
-    kernel: Any,
-    programs: int,
-    tensors: list[Any],
-    integers: tuple[int, ...],
-    constants: tuple[Any, ...],
-    options: dict[str, Any],
-) -> None:
-    """Runs a kernel on the device of the last tensor and its current stream, compiled once for types and constants."""
-    if programs == 0:
-        return
-    device = tensors[-1].get_device()
-    # Launches by address: Triton would ask the driver where a tensor lies. Kernels differ by alignment.
-    addresses = [tensor if isinstance(tensor, float) else tensor.data_ptr() for tensor in tensors]
-    is_aligned = [isinstance(address, float) or address % 16 == 0 for address in addresses]
-    dtypes = [float if isinstance(tensor, float) else tensor.dtype for tensor in tensors]
-    key = (kernel, device, constants, *dtypes, *is_aligned)
-    compiled = _compiled.get(key)
-    others = (*integers, *constants)
-    if compiled is not None and device == torch.cuda.current_device():
-        compiled[programs, 1, 1](*addresses, *others, stream=torch._C._cuda_getCurrentRawStream(device))
-        return
-    with torch.cuda.device_of(tensors[-1]):
-        _compiled[key] = kernel[programs, 1, 1](*tensors, *others, **options)
+    constants = (*layout, f, *modes)
+    return Launch(getattr(module, kernel), programs, tensors, (out.numel(), *integers), constants, options)
 
 
 def quantize(
@@ -172,13 +147,11 @@ def quantize(
     saturation: str = SATURATIONS[0],
     rounding: str = ROUNDINGS[0],
     random_bits: Tensor | None = None,
-) -> Tensor:
+) -> Described:
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x)
     inputs = [x, out if random_bits is None else random_bits]
-    if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "multiplied"):
-        return out
-    return out.copy_(aten.quantize(x, scale, format, saturation, rounding, random_bits))
+    return out, launch_of("project_kernel", out, scale, inputs, f, saturation, rounding, "multiplied")
 
 
 def project(
@@ -189,13 +162,11 @@ def project(
     rounding: str = ROUNDINGS[0],
     dtype: torch.dtype | None = None,
     random_bits: Tensor | None = None,
-) -> Tensor:
+) -> Described:
     f = check_project(x, scale, format, saturation, rounding, dtype, random_bits)
     out = torch.empty_like(x, dtype=dtype)
     inputs = [x, out if random_bits is None else random_bits]
-    if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "projected"):
-        return out
-    return out.copy_(aten.project_to(x, scale, format, saturation, rounding, dtype, random_bits))
+    return out, launch_of("project_kernel", out, scale, inputs, f, saturation, rounding, "projected")
 
 
 def encode(
@@ -205,21 +176,17 @@ def encode(
     saturation: str = SATURATIONS[0],
     rounding: str = ROUNDINGS[0],
     random_bits: Tensor | None = None,
-) -> Tensor:
+) -> Described:
     f = check_encode(x, scale, format, saturation, rounding, random_bits=random_bits)
     out = torch.empty_like(x, dtype=code_dtype(f))
     inputs = [x, out if random_bits is None else random_bits]
-    if launch("project_kernel", out, scale, inputs, f, saturation, rounding, "packed"):
-        return out
-    return out.copy_(aten.encode(x, scale, format, saturation, rounding, random_bits))
+    return out, launch_of("project_kernel", out, scale, inputs, f, saturation, rounding, "packed")
 
 
-def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Described:
     f = check_decode(codes, scale, format, dtype)
     out = torch.empty_like(codes, dtype=dtype or torch.float32)
-    if launch("decode_kernel", out, scale, [codes], f):
-        return out
-    return out.copy_(aten.decode(codes, scale, format, dtype))
+    return out, launch_of("decode_kernel", out, scale, [codes], f)
 
 
 def matmul(
@@ -250,7 +217,7 @@ def quantize_operand(
     dtype: torch.dtype | None = None,
     random_bits: Tensor | None = None,
     with_tensor_scale: bool = False,
-) -> Tensor:
+) -> Described:
     options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, random_bits
     f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
     out = torch.empty_like(x, dtype=dtype)
@@ -259,8 +226,7 @@ def quantize_operand(
     tiling = tiling_of(out.shape, out.stride(), tuple(block), is_counted)
     module = kernels("cuda_blocks")
     if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        modes = saturation, rounding, *options, with_tensor_scale
-        return out.copy_(blocks.quantize_operand(x, tensor_scale, format, *modes))
+        return out, None
     if tensor_scale is None:
         tensor_scale = x  # not looked at
     elif tensor_scale.get_device() != out.get_device():
@@ -269,11 +235,12 @@ def quantize_operand(
     random_bits = random_bits if is_counted else in_order_of(out, random_bits)
     constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, with_tensor_scale)
     tensors = [in_order_of(out, x), tensor_scale, random_bits, out]
-    start(module.quantize_operand_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options)
-    return out
+    return out, Launch(
+        module.quantize_operand_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options
+    )
 
 
-KERNELS = with_twins(
+DESCRIPTIONS = with_twins(
     {
         "quantize": quantize,
         "project": project,
@@ -281,9 +248,9 @@ KERNELS = with_twins(
         "decode": decode,
         "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
         "quantize_operand": quantize_operand,
-        "matmul": matmul,
     }
 )
+KERNELS = {"matmul": matmul} | {name: served(name, describe) for name, describe in DESCRIPTIONS.items()}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

@@ -14,6 +14,7 @@ from altgrad.quantization import PerAxis, PerBlock, PerTensor, compute_scale, re
 from altgrad.quantization.two_levels import Levels
 from ops_registry import aten, blocks, cuda, tiles
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, POWER_OF_TWO_RULES, SATURATIONS
+from ops_registry.operators import IN_BLOCKS
 
 kernels = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow in the interpreted kernel
 NEAREST = "propagate", "nearest_ties_to_even"
@@ -232,7 +233,8 @@ def served(monkeypatch):
     def refuse(*args, **options):
         pytest.fail("the formula served")
 
-    monkeypatch.setattr(cuda.blocks, "quantize_operand", refuse)
+    for name in IN_BLOCKS:
+        monkeypatch.setitem(aten.KERNELS, name, refuse)
 
 
 @interpreted

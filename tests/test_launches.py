@@ -1,0 +1,93 @@
+"""What a repeated launch hands to the driver, without one: a recorder stands in its place."""
+
+import ctypes
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ops_registry import launches
+from ops_registry.launches import Launch, again, call_of
+
+METADATA = {"num_warps": 4, "num_ctas": 1, "shared": 256, "global_scratch_size": 0}
+
+
+@pytest.fixture
+def driven(monkeypatch):
+    """The launches of a recorder: (function, grid and threads, shared memory, stream, arguments)."""
+    recorded = []
+
+    def launch(function, *others):
+        *sizes, shared, stream, pointers, extra = others
+        assert extra is None
+        slots = [ctypes.c_int64.from_address(pointers[i]).value for i in range(launches._SLOTS)]
+        recorded.append((function, tuple(sizes), shared, stream, slots))
+        return 0
+
+    driver = launches.Driver.__new__(launches.Driver)
+    driver.arguments = (ctypes.c_int64 * launches._SLOTS)(*[-1] * launches._SLOTS)
+    first = ctypes.addressof(driver.arguments)
+    driver.pointers = (ctypes.c_void_p * launches._SLOTS)(*range(first, first + 8 * launches._SLOTS, 8))
+    driver.launch = launch
+    monkeypatch.setattr(launches, "driver", lambda: driver)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors are
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    return recorded
+
+
+def compiled(**changes):
+    return SimpleNamespace(function=1234, metadata=SimpleNamespace(**METADATA | changes))
+
+
+def test_arguments(driven):
+    x, scale, out = torch.randn(8, 4), torch.ones(()), torch.empty(8, 4, dtype=torch.float16)
+    call = call_of(Launch(None, 5, [scale, x, out, out], (32, -7), (), {}), compiled(), (x, scale), out)
+    y, other = torch.randn(8, 4), torch.ones(())
+    result = again(call, (y, other))
+    assert (result.shape, result.dtype) == ((8, 4), torch.float16)
+    ((function, sizes, shared, stream, slots),) = driven
+    assert (function, sizes, shared, stream) == (1234, (5, 1, 1, 128, 1, 1), 256, 77)
+    pointers = [other.data_ptr(), y.data_ptr(), result.data_ptr(), result.data_ptr()]
+    assert slots[:8] == [*pointers, 32, -7, 0, 0], "addresses, integers, scratch memory"
+
+
+def test_a_number(driven):
+    x, scale, out = torch.randn(4), torch.tensor(0.37), torch.empty(4)
+    call = call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale), out)
+    result = again(call, (x, torch.tensor(1e300, dtype=torch.float64)))  # more than float32 has
+    slots = driven[0][-1]
+    assert struct.pack("q", slots[0])[:4] == struct.pack("f", float("inf"))
+    assert slots[1:7] == [x.data_ptr(), result.data_ptr(), result.data_ptr(), 4, 0, 0]
+
+
+def test_what_is_not_repeated(driven):
+    x, scale, out = torch.randn(4), torch.ones(()), torch.empty(4)
+    launch = Launch(None, 1, [scale, x, out, out], (4,), (), {})
+    assert call_of(launch, compiled(), (x, scale), out)
+    assert call_of(launch, None, (x, scale), out) is None
+    assert call_of(launch, compiled(), (x, x), out) is None, "which of two is read cannot be told"
+    assert call_of(launch._replace(tensors=[scale, x.clone(), out, out]), compiled(), (x, scale), out) is None
+    for change in ({"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}):
+        assert call_of(launch, compiled(**change), (x, scale), out) is None
+    odd = torch.empty(5)[1:]
+    assert call_of(launch._replace(tensors=[scale, x, odd, odd]), compiled(), (x, scale), odd) is None
+
+
+def test_the_driver_refuses(driven, monkeypatch):
+    x, scale, out = torch.randn(4), torch.ones(()), torch.empty(4)
+    call = call_of(Launch(None, 1, [scale, x, out, out], (4,), (), {}), compiled(), (x, scale), out)
+    assert again(call, (x, scale)) is not None
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
+    assert again(call, (x, scale)) is None, "another device"
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1)
+    launches.driver().launch = lambda *args: 201  # CUDA_ERROR_INVALID_CONTEXT
+    assert again(call, (x, scale)) is None
+
+
+def test_traits():
+    x = torch.randn(8, 8)
+    others = x.t()[:4], x.double(), x[1:], x.flatten()[1:65].view(1, -1), x.flatten()[:63], x[:, None]
+    different = {launches.traits(other) for other in (x, None, *others)}
+    assert len(different) == 2 + len(others)
+    assert launches.traits(x) == launches.traits(torch.randn(8, 8))
