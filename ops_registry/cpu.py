@@ -35,6 +35,7 @@ from .formats import resolve
 from .layout import laid_out_as, strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
+from .packing import rows_of
 from .tiles import Strips, fits_blocks, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
@@ -205,9 +206,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 def _pack(out: Tensor, x: Tensor, n: int, bits: int, unpacks: bool) -> Tensor:
     if out.numel() == 0:
         return out
-    rows = out.shape[:-1].numel()
-    if n * bits % 8 == 0:  # where rows are whole bytes they are one
-        rows, n = 1, rows * n
+    rows, n = rows_of(out.shape, n, bits)
     x = x.contiguous()
     _native.altgrad_pack(rows, n, bits, unpacks, out.data_ptr(), x.data_ptr())
     return out

@@ -15,12 +15,22 @@ from torch import Tensor
 
 from . import aten, products
 from .arithmetic import code_dtype
-from .checks import check_decode, check_encode, check_matmul, check_project, check_quantize, check_quantize_operand
+from .checks import (
+    check_decode,
+    check_encode,
+    check_matmul,
+    check_pack,
+    check_project,
+    check_quantize,
+    check_quantize_operand,
+    check_unpack,
+)
 from .formats import FP8Format, resolve
-from .launches import Launch, served
+from .launches import Launch, served, start
 from .layout import laid_out_as, strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
-from .operators import library, with_twins
+from .operators import OPERATORS, library, with_twins
+from .packing import rows_of
 from .philox import random_bits as bits_of
 from .tiles import fits_blocks, scaling_of, tiling_of
 
@@ -32,6 +42,7 @@ MAX_RUNS = 4
 NUM_WARPS = 4
 BLOCK_BYTES = 4096  # of the output
 MAX_REGISTERS = 40  # of a thread, so that 48 warps are at work; measured in float32 and bfloat16
+GROUPS, CODES = 512, 8  # of codes that are whole bytes: groups of a program, and codes of a group
 ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the registers that it needs
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
@@ -189,6 +200,32 @@ def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None 
     return out, launch_of("decode_kernel", out, scale, [codes], f)
 
 
+def pack(codes: Tensor, bits: int) -> Tensor:
+    check_pack(codes, bits)
+    return _regroup("pack", codes, bits, codes.shape[-1])
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    check_unpack(packed, bits, n)
+    return _regroup("unpack", packed, bits, n)
+
+
+def _regroup(name: str, x: Tensor, bits: int, n: int) -> Tensor:
+    module, args = kernels("cuda_packing"), (x, bits, n) if name == "unpack" else (x, bits)
+    if module is None:
+        return aten.KERNELS[name](*args)
+    out = OPERATORS[name].output(*args)
+    rows, n = rows_of(out.shape, n, bits)
+    codes, packed = (n, CODES, bits), (-(-n * bits // 8), bits, 8)  # of a row the size, of a group count and width
+    (x_size, *of_x), (out_size, *of_out) = (codes, packed) if name == "pack" else (packed, codes)
+    groups = -(-n // CODES)
+    constants = GROUPS, *of_x, *of_out, rows > 1, rows * n > _NARROW
+    integers, programs = (rows, groups, x_size, out_size), -(-rows * groups // GROUPS)
+    options = {"num_warps": NUM_WARPS}
+    start(Launch(module.regroup_kernel, programs, [x.contiguous(), out], integers, constants, options))
+    return out
+
+
 def matmul(
     a: Tensor, b: Tensor, accumulator: str, a_scale: Tensor | None = None, b_scale: Tensor | None = None
 ) -> Tensor:
@@ -250,7 +287,9 @@ DESCRIPTIONS = with_twins(
         "quantize_operand": quantize_operand,
     }
 )
-KERNELS = {"matmul": matmul} | {name: served(name, describe) for name, describe in DESCRIPTIONS.items()}
+KERNELS = {"pack": pack, "unpack": unpack, "matmul": matmul} | {
+    name: served(name, describe) for name, describe in DESCRIPTIONS.items()
+}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

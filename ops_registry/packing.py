@@ -33,6 +33,12 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return torch.stack(codes, -1).flatten(-2)[..., :n].to(torch.uint8)
 
 
+def rows_of(shape: tuple[int, ...], n: int, bits: int) -> tuple[int, int]:
+    """How many rows of how many codes lie behind each other; where rows are whole bytes they are one."""
+    rows = math.prod(shape[:-1])
+    return (1, rows * n) if n * bits % 8 == 0 else (rows, n)
+
+
 def _joined(parts: Tensor, shifts: list[int], overlap: range) -> Tensor:
     """The parts that overlap what is made of them, each shifted to its place."""
     shifted = [_shifted(parts[..., i], by) for i, by in enumerate(shifts) if by in overlap]

@@ -30,29 +30,41 @@ INLINE uint64_t spread(uint64_t x, int bits) {
     return (x & first) | (x & ~first) << (8 - bits);
 }
 
-/* One group of n <= 8 codes. */
-INLINE void pack_group(uint8_t *out, const uint8_t *in, int64_t n, int bits, int unpacks) {
-    const size_t packed = (size_t)(n * bits + 7) / 8;
-    uint64_t x = 0;
-    memcpy(&x, in, unpacks ? packed : (size_t)n);
-    x = little_endian(unpacks ? spread(little_endian(x), bits) : joined(little_endian(x), bits));
-    memcpy(out, &x, unpacks ? (size_t)n : packed);
+/* n <= 8 codes of in, or the bytes that they take, to out. */
+INLINE void pack_group(uint8_t *out, uint64_t in, int64_t n, int bits, int unpacks) {
+    uint64_t x = little_endian(in);
+    if (unpacks) { /* what is behind the group may be in */
+        x = spread(bits < 8 ? x & (((uint64_t)1 << 8 * (bits & 7)) - 1) : x, bits);
+    } else {
+        x = joined(x, bits);
+    }
+    x = little_endian(x);
+    memcpy(out, &x, (size_t)(unpacks ? n : (n * bits + 7) / 8));
 }
 
-/* Groups begin to end of rows of n codes, each of which begins with a group of its own. */
+/* Groups begin to end of rows of n codes, each of which begins with a group of its own. Whole groups are read as words,
+ * with what follows them, as long as a row has that: put together of parts a word would be slow to read. */
 INLINE void pack_groups(const struct packing *p, int64_t begin, int64_t end, int bits, int unpacks) {
     const int64_t groups = (p->n + 7) / 8, row_bytes = (p->n * bits + 7) / 8;
+    const int64_t in_bytes = unpacks ? row_bytes : p->n, out_bytes = unpacks ? p->n : row_bytes;
+    const int in_step = unpacks ? bits : 8, out_step = unpacks ? 8 : bits;
+    const int64_t words = in_bytes < 8 ? 0 : (in_bytes - 8) / in_step + 1;
     while (begin < end) {
         const int64_t row = begin / groups, first = begin % groups;
         const int64_t last = groups - first < end - begin ? groups : first + (end - begin);
-        const int64_t whole = last * 8 <= p->n ? last : last - 1;
-        uint8_t *out = p->out + row * (unpacks ? p->n : row_bytes);
-        const uint8_t *in = p->in + row * (unpacks ? row_bytes : p->n);
+        const int64_t whole = last < words ? last : words;
+        const uint8_t *in = p->in + row * in_bytes;
+        uint8_t *out = p->out + row * out_bytes;
         for (int64_t i = first; i < whole; i++) {
-            pack_group(out + i * (unpacks ? 8 : bits), in + i * (unpacks ? bits : 8), 8, bits, unpacks);
+            uint64_t x;
+            memcpy(&x, in + i * in_step, sizeof x);
+            pack_group(out + i * out_step, x, 8, bits, unpacks);
         }
-        for (int64_t i = whole; i < last; i++) {
-            pack_group(out + i * (unpacks ? 8 : bits), in + i * (unpacks ? bits : 8), p->n - 8 * i, bits, unpacks);
+        for (int64_t i = first < whole ? whole : first; i < last; i++) {
+            const int64_t n = p->n - 8 * i < 8 ? p->n - 8 * i : 8;
+            uint64_t x = 0;
+            memcpy(&x, in + i * in_step, (size_t)(unpacks ? (n * bits + 7) / 8 : n));
+            pack_group(out + i * out_step, x, n, bits, unpacks);
         }
         begin += last - first;
     }
