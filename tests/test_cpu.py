@@ -532,41 +532,6 @@ def test_library_of_other_sources_is_refused(tmp_path):
         run_python(BACKEND, PYTHONPATH=str(tmp_path))
 
 
-@pytest.mark.compiles
-@needs_library
-@pytest.mark.slow
-def test_sanitizers(tmp_path):
-    """A build with ASan and UBSan runs the tests above clean."""
-    result = build(tmp_path, CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g")
-    assert result.returncode == 0, result.stderr
-    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    of_bits = "roundings or special or decode or dequantize or conversions or sizes or layouts or blocks or amax"
-    threads = "flush or threads or calls or every_instruction_set"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"({of_bits} or {threads}) and not aten"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__, Path(__file__).with_name("test_packing.py")],
-        cwd=ROOT / "tests",
-        env={
-            **os.environ,
-            "PYTHONPATH": str(tmp_path),
-            "LD_PRELOAD": runtime,
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-            "SANITIZED_PACKAGE": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " passed" in result.stdout
-
-
-@pytest.mark.skipif("SANITIZED_PACKAGE" not in os.environ, reason="belongs to test_sanitizers")
-def test_package_under_test():
-    """The run above tests the build that it was made for."""
-    assert os.environ["SANITIZED_PACKAGE"] == str(PACKAGES)
-
-
 # --- All float32 numbers ----------------------------------------------------------------------------------------------
 
 

@@ -119,6 +119,15 @@ def test_constraints_pin_all_and_name_no_host():
     assert {re.match(r"[\w-]+", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
 
 
+def test_pre_commit_has_the_versions_of_ci():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    revisions = dict(
+        re.findall(r"repo: https://github.com/\S+/(?:mirrors-)?(\S+?)(?:-pre-commit)?\n +rev: v(\S+)", hooks)
+    )
+    pinned = dict(re.findall(r"^(.*)==(.*)$", (ROOT / "constraints.txt").read_text(), re.M))
+    assert revisions == {name: pinned[name] for name in ("ruff", "clang-format")}
+
+
 @pytest.mark.compiles
 def test_the_quoted_error_is_what_a_missing_import_gives(tmp_path):
     """docs/operators.md quotes what torch.export.load says in a process that has not imported ops_registry."""
