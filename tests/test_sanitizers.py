@@ -81,14 +81,15 @@ def test_sanitizers(target, runtimes, package):
             "PYTHONPATH": str(package),
             "ALTGRAD_CPU_TARGET": target,
             "LD_PRELOAD": runtimes,
-            "ASAN_OPTIONS": "detect_leaks=0:log_path=stderr",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "ASAN_OPTIONS": f"detect_leaks=0:log_path={package}/report",
+            "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={package}/report",
             "SANITIZED_PACKAGE": str(package),
         },
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    reports = [path.read_text()[:3000] for path in package.glob("report.*")]
+    assert result.returncode == 0, "\n".join([*reports, result.stdout[-3000:], result.stderr[-3000:]])
     assert " passed" in result.stdout
 
 
