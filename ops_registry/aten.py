@@ -39,6 +39,13 @@ def split(a: Tensor, bits: int) -> Tensor:
     return t - (t - a)
 
 
+def times_power_of_two(a: Tensor, exponent: int) -> Tensor:
+    """a * 2^exponent by factors that float32 has, for which the exporter of ONNX takes constants."""
+    while exponent > 127:
+        a, exponent = a * 2.0**127, exponent - 127
+    return a * 2.0**exponent
+
+
 def is_odd(n: Tensor) -> Tensor:
     half = n * 0.5
     return half != half.floor()
@@ -53,7 +60,7 @@ def round_nearest(a: Tensor, format: FP8Format) -> Tensor:
         code = normal.log2().round() + format.bias
         normal = torch.where((a == normal * 0.75) & is_odd(code), normal * 0.5, normal)
     # Not (a + c) - c, which is as fast: the optimizer of torch.onnx takes a constant c below 1e-8 for 0.
-    subnormal = (a * (1.0 / format.quantum)).round() * format.quantum
+    subnormal = times_power_of_two(a, format.mantissa_bits - format.min_exponent).round() * format.quantum
     return torch.where(a < 2.0**format.min_exponent, subnormal, normal)
 
 
@@ -108,10 +115,11 @@ def project(q: Tensor, format: FP8Format, saturation: str, rounding: str, random
     wide = q.double() if format.needs_float64 else q
     if format.is_signed:
         return project_signed(wide, format, *modes).to(q.dtype)
-    lowest = 0.0 if format.has_zero else format.smallest_subnormal
+    # From a number to infinity: without that, onnxruntime ends at the largest number.
+    clamped = wide.clamp(0.0 if format.has_zero else format.smallest_subnormal, math.inf)
     if saturation != "none" or not format.has_nan:
-        return project_signed(wide.clamp(min=lowest), format, *modes).to(q.dtype)
-    r = project_signed(wide if format.has_zero else wide.clamp(min=lowest), format, *modes)
+        return project_signed(clamped, format, *modes).to(q.dtype)
+    r = project_signed(wide if format.has_zero else clamped, format, *modes)
     is_beyond = (wide < 0) & (r > 0) if format.has_zero else wide <= 0
     return r.masked_fill(is_beyond, float("nan")).to(q.dtype)
 
@@ -128,7 +136,7 @@ def project_signed(q: Tensor, format: FP8Format, saturation: str, rounding: str,
 
     if saturation == "none" and format.has_nan:
         # One step beyond max is enough to see the overflow, and keeps the rounding's arithmetic finite.
-        r = rounded(a.clamp(max=format.overflow_value))
+        r = rounded(limited(a, format.overflow_value))
         overflows = r > max_value
         if rounding in ("toward_zero", "toward_positive", "toward_negative"):
             stops = a < float("inf")  # rounding a finite value inwards stops at max
@@ -141,6 +149,14 @@ def project_signed(q: Tensor, format: FP8Format, saturation: str, rounding: str,
     if saturation == "propagate" and format.has_inf:
         r = torch.where(a == float("inf"), a, r)
     return r
+
+
+def limited(a: Tensor, most: float) -> Tensor:
+    """a >= 0 or most, if that is less; compared at a smaller scale where float32 has no such constant."""
+    if most < 2.0**128:
+        return a.clamp(max=most)
+    scaled, most = a * 2.0**-64, most * 2.0**-64
+    return torch.where(scaled < most, a, times_power_of_two(scaled.clamp(max=most), 64))
 
 
 def has_sign_bit(q: Tensor) -> Tensor:
@@ -183,7 +199,7 @@ def unpack(codes: Tensor, format: FP8Format, dtype: torch.dtype) -> Tensor:
     value = significand * 2.0 ** (-format.bias - mantissa_bits)
     for bit in range(format.exponent_bits):
         is_set = (codes & (1 << (mantissa_bits + bit))) != 0
-        value = torch.where(is_set, value * 2.0 ** (1 << bit), value)
+        value = torch.where(is_set, times_power_of_two(value, 1 << bit), value)
     is_negative = (codes & (sign_code if format.is_signed else 0)) != 0
     if not format.has_negative_zero:
         value = value.masked_fill(is_negative & (magnitude == 0), float("nan"))

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import FORMATS, NAMED, assert_same_bits, near_ties
+from conftest import FORMATS, NAMED, WIDE, WIDE_NAMED, assert_same_bits, near_ties, points_of
 from torch import nn
 
 from altgrad.quantization import (
@@ -145,6 +145,33 @@ def test_spelled_out_formats(spelling):
     assert_exports(all_operators(f, torch.float32), (x, codes, torch.tensor(0.37)))
 
 
+@pytest.mark.parametrize(
+    "formats",
+    [WIDE_NAMED, WIDE[len(WIDE_NAMED) :: 2], pytest.param(WIDE, marks=pytest.mark.slow)],
+    ids=["named", "spelled", "all"],
+)
+def test_wide_and_unsigned_formats(formats):
+    """Codes of two bytes, and constants beyond float32 or up to infinity, which no tool may cut."""
+    args, dtypes = [torch.tensor(0.37)], [torch.float32, torch.float64, torch.float16]
+    for i, f in enumerate(formats):
+        dtype = dtypes[i % 3]
+        args.append(points_of(f, torch.float64 if dtype == torch.float64 else torch.float32).to(dtype))
+        args.append(torch.arange(1 << min(f.bits, 16)).to(torch.uint8 if f.bits <= 8 else torch.uint16))
+
+    def function(scale, *args):
+        outputs = []
+        for f, x, codes in zip(formats, args[::2], args[1::2], strict=True):
+            outputs += [quantize(x, f, scale), quantize(x, f, scale, saturation="none", rounding="toward_positive")]
+            outputs += [quantize(x, f, scale, saturation="none")]
+            if f.code_bytes:
+                outputs += [encode(x, f, scale), decode(codes, f, scale, dtype=x.dtype)]
+            else:
+                outputs += [codes]
+        return outputs
+
+    assert_exports(function, tuple(args))
+
+
 @pytest.mark.parametrize("value", [1 - 2**-24, 1.000003, 1e-9])
 def test_constant_scales_next_to_zero_and_one(value):
     """onnxscript's optimizer takes 0-d constants near 0 and 1 for 0 and 1."""
@@ -247,11 +274,13 @@ class TestTranslationTable:
         ("dtype", "arguments"),
         [
             (torch.float32, {"format": "E3M4"}),
+            (torch.float32, {"format": "BF16"}),
+            (torch.float32, {"format": "E8M0"}),
             (torch.float32, {"format": "E4M3", "rounding": "toward_zero"}),
             (torch.float32, {"format": "E4M3", "saturation": "none"}),
             (torch.float64, {"format": "E4M3"}),
         ],
-        ids=["format", "rounding", "saturation", "dtype"],
+        ids=["format", "BF16", "E8M0", "rounding", "saturation", "dtype"],
     )
     def test_refuses_what_the_types_cannot_do(self, dtype, arguments):
         with pytest.raises(Exception, match="export without the translation table"):

@@ -5,6 +5,7 @@ import gfloat.formats
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import (
     GIVEN_BITS,
@@ -46,7 +47,8 @@ def test_near_ties(f, rounding):
         scale = torch.tensor((1.0, 0.37, 2.0**-9)[i])
         check(f, x, torch.tensor(1.0), saturation, rounding)
         check(f, x * scale, scale, saturation, rounding)
-    check(f, points_of(f, torch.float64), torch.tensor(1.0), "propagate", rounding)
+    saturation = "none" if rounding.startswith("toward") else "propagate"
+    check(f, points_of(f, torch.float64), torch.tensor(1.0), saturation, rounding)
 
 
 @formats
@@ -175,9 +177,72 @@ def test_compiled(name):
         assert_same_bits(got, want, x)
 
 
+# --- All float32 numbers ----------------------------------------------------------------------------------------------
+
+KERNELS = ["avx512", "avx2", "baseline", "aten", pytest.param("cuda", marks=pytest.mark.gpu)]
+EXHAUSTED = [*WIDE_NAMED, resolve("e5m6b15"), resolve("e6m9b31")]
+MAGNITUDES = 1 << 31
+
+
+def runs_of(f, is_negative, reference_op, saturation):
+    """The definition over all numbers of a sign, ordered by magnitude: where its runs of one result begin, and results.
+
+    The definition is monotone: what it gives for the first and for the last of a run it gives for all of them.
+    """
+    _, midpoints = reference.grid(f)
+    with np.errstate(over="ignore"):
+        near = np.abs(midpoints).astype(np.float32).view(np.int32).astype(np.int64)
+    begins = np.concatenate([near, near + 1, [0, 1, 0x7F800000, 0x7F800001]])  # a tie, or what is beyond it
+    begins = np.unique(begins[begins < MAGNITUDES])
+    ends = np.append(begins[1:], MAGNITUDES) - 1
+
+    def results(magnitudes):
+        x = torch.from_numpy((magnitudes | is_negative << 31).astype(np.uint32).view(np.float32))
+        return reference_op(f, x, torch.tensor(1.0), saturation, "nearest_ties_to_even")
+
+    assert_same_bits(results(begins), results(ends))
+    return torch.from_numpy(begins), results(begins)
+
+
+def chunk_of(runs, start, n):
+    """The definition for the magnitudes from start to start + n."""
+    begins, results = runs
+    results = results.view(torch.int16) if results.dtype == torch.uint16 else results  # has no repeat_interleave
+    first, last = torch.searchsorted(begins, torch.tensor([start, start + n - 1], device=begins.device), right=True)
+    edges = torch.cat([begins[first - 1 : last].clamp(min=start), begins.new_tensor([start + n])])
+    return results[first - 1 : last].repeat_interleave(edges.diff()).view(runs[1].dtype)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("f", WIDE_NAMED, ids=lambda f: f.name)
-def test_all_float32_inputs(f):
-    for start in range(-(1 << 31), 1 << 31, 1 << 24):
-        x = torch.arange(start, start + (1 << 24), dtype=torch.int64).to(torch.int32).view(torch.float32)
-        check(f, x, torch.tensor(1.0), "none", "nearest_ties_to_even")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("f", EXHAUSTED, ids=lambda f: f.name)
+def test_all_float32_inputs(f, kernel):
+    """2^32 inputs: quantize with the saturation that overflows, encode with the one that does not."""
+    device, n = ("cuda", 1 << 27) if kernel == "cuda" else ("cpu", 1 << 22)
+    if kernel in ("avx512", "avx2", "baseline") and (cpu._native is None or not cpu.select(cpu._native, kernel)):
+        pytest.skip(f"needs the C kernels for {kernel}")
+    ops, one = aten if kernel == "aten" else ag, torch.ones((), device=device)
+    checks = [(ops.quantize, reference_quantize, "none"), (ops.encode, reference_encode, "propagate")]
+    try:
+        for op, reference_op, saturation in checks if f.code_bytes else checks[:1]:
+            for is_negative in (0, 1):
+                runs = [t.to(device) for t in runs_of(f, is_negative, reference_op, saturation)]
+                for start in range(0, MAGNITUDES, n):
+                    bits = torch.arange(start, start + n, dtype=torch.int64, device=device) - (is_negative << 31)
+                    x = bits.to(torch.int32).view(torch.float32)
+                    got, want = op(x, one, f.name, saturation), chunk_of(runs, start, n)
+                    if not torch.equal(got.view(torch.uint8), want.view(torch.uint8)):
+                        assert_same_bits(got, want, x)  # NaN is NaN
+    finally:
+        if cpu._native is not None:
+            cpu.select(cpu._native, cpu.backend())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [("FP16", torch.float16), ("BF16", torch.bfloat16)])
+def test_torch_casts_agree_on_all_float32_inputs(name, dtype):
+    for start in range(-(1 << 31), 1 << 31, 1 << 22):
+        x = torch.arange(start, start + (1 << 22), dtype=torch.int32).view(torch.float32)
+        got, want = quantize(x, name, saturation="none"), x.to(dtype).float()
+        if not torch.equal(got.view(torch.int32), want.view(torch.int32)):
+            assert_same_bits(got, want, x)
