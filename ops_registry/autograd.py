@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 
 from .accumulators import resolve_accumulator
@@ -135,6 +136,11 @@ RULES = {
     "unpack": Rule(_none, _no_tangent),
     "matmul": Rule(_matmul, _matmul_tangent, slice(0, 5), arguments=2),
 }
+_CPU, _CUDA = DispatchKeySet(DispatchKey.CPU), DispatchKeySet(DispatchKey.CUDA)
+# Of a call on plain tensors, without a mode: its keys -> those below autograd.
+_PLAIN = {
+    keys.add(DispatchKey.AutogradFunctionality).raw_repr(): keys for keys in (_CPU, _CUDA, _CUDA.add(DispatchKey.CPU))
+}
 _NO_GRADIENTS = (None,) * 10  # for the arguments behind the first; autograd ignores the ones too many
 
 
@@ -190,15 +196,19 @@ def _register_kernel(name: str, rule: Rule) -> None:
     function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
 
     tensors = OPERATORS[name].tensors
+    redispatch = op._handle.redispatch_boxed
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
         if transforms_are_active():
             modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return function.apply(modes, keyset, *args)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:tensors]):
-            return function.apply(None, keyset, *args)
-        return below_autograd(keyset, args)
+        if torch.is_grad_enabled():
+            for tensor in args[:tensors]:
+                if tensor is not None and tensor.requires_grad:
+                    return function.apply(None, keyset, *args)
+        keys = _PLAIN.get(keyset.raw_repr())
+        return below_autograd(keyset, args) if keys is None else redispatch(keys, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -21,11 +21,18 @@ from .operators import OPERATORS
 MAX_CALLS = 4096
 _SCRATCH = (0, 0)  # a compiled kernel ends with pointers to scratch memory, null where it asks for none
 _SLOTS = 24  # arguments of a kernel at most
+_CONFIG = 56  # bytes of a CUlaunchConfig: grid, threads, shared memory; stream; no attributes
 
 # What a kernel was compiled for -> the compiled kernel. Its launch skips the search in Triton's own cache.
 _compiled: dict[tuple[Any, ...], Any] = {}
-# An operator, the traits of its tensors and its options -> what is launched.
-_calls: dict[tuple[Any, ...], "Call"] = {}
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# On the current device. Inductor's, where torch has it: half the time.
+empty: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty)
 
 
 class Launch(NamedTuple):
@@ -42,15 +49,15 @@ class Launch(NamedTuple):
 class Call(NamedTuple):
     """A launch whose addresses alone are to come: the kernel's pointers are those of the operator's tensors and output.
 
-    with_number: the value of the operator's second tensor goes before them.
+    with_number: the value of the operator's second tensor goes before them. pack_into writes both arrays of a Driver.
     """
 
-    out_dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
     device: int
     function: int
-    programs: int
-    threads: int
-    shared: int
+    grid: tuple[int, ...]
     sources: tuple[int, ...]
     with_number: bool
     integers: tuple[int, ...]
@@ -59,14 +66,19 @@ class Call(NamedTuple):
 
 
 class Driver(threading.local):
-    """A thread's way to the CUDA driver, which copies the arguments from their slots of 8 bytes when it launches."""
+    """A thread's way to the CUDA driver: a CUlaunchConfig, and behind it 8 bytes for each argument of a kernel."""
 
     def __init__(self) -> None:
-        self.launch: Any = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-        self.launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
-        self.arguments = (ctypes.c_int64 * _SLOTS)()
-        first = ctypes.addressof(self.arguments)
-        self.pointers = (ctypes.c_void_p * _SLOTS)(*range(first, first + 8 * _SLOTS, 8))
+        self.launch: Any = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+        self.launch.argtypes = [ctypes.c_void_p] * 4
+        self.allocate()
+
+    def allocate(self) -> None:
+        self.memory = bytearray(_CONFIG + 8 * _SLOTS)
+        self.config = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        first = self.config + _CONFIG
+        self.slots = (ctypes.c_void_p * _SLOTS)(*range(first, first + 8 * _SLOTS, 8))
+        self.pointers = ctypes.addressof(self.slots)
 
 
 driver = cache(Driver)
@@ -114,46 +126,41 @@ def call_of(launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], o
     sources = tuple(places.get(id(tensor), -1) for tensor in launch.tensors[with_number:])
     if -1 in sources:  # a copy, in another layout
         return None
-    slots = struct.Struct(f"={'f4x' * with_number}{len(sources) + len(launch.integers) + len(_SCRATCH)}q")
-    return Call(
-        out.dtype,
-        out.get_device(),
-        compiled.function,
-        launch.programs,
-        32 * metadata.num_warps,
-        metadata.shared,
-        sources,
-        with_number,
-        launch.integers,
-        slots.pack_into,
-        compiled,
-    )
+    number = "f4x" if with_number else ""
+    slots = struct.Struct(f"=7I4xq16x{number}{len(sources) + len(launch.integers) + len(_SCRATCH)}q")
+    grid = launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
+    place = tuple(out.shape), out.stride(), out.dtype, out.get_device()
+    integers = (*launch.integers, *_SCRATCH)
+    return Call(*place, compiled.function, grid, sources, with_number, integers, slots.pack_into, compiled)
 
 
 def again(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     """The output of the call on these tensors; None where the driver did not launch it, and Triton has to."""
-    out = torch.empty_like(tensors[0], dtype=call.out_dtype)  # type: ignore[arg-type]
-    theirs: Any = (*tensors, out)
-    addresses = [theirs[source].data_ptr() for source in call.sources]
-    if theirs[-1].data_ptr() % 16 or call.device != torch._C._cuda_getDevice():
+    shape, strides, dtype, device, function, grid, sources, with_number, integers, pack_into, _ = call
+    if device != torch._C._cuda_getDevice():
         return None
+    out = empty(shape, strides, dtype)
+    theirs: Any = (*tensors, out)
+    addresses = [theirs[source].data_ptr() for source in sources]
+    if addresses[-1] % 16:
+        return None
+    if with_number:
+        addresses.insert(0, theirs[1].float().item())
     here = driver()
-    number = [theirs[1].float().item()] if call.with_number else ()
-    call.pack_into(here.arguments, 0, *number, *addresses, *call.integers, *_SCRATCH)
-    stream = torch._C._cuda_getCurrentRawStream(call.device)
-    grid = call.programs, 1, 1, call.threads, 1, 1
-    return None if here.launch(call.function, *grid, call.shared, stream, here.pointers, None) else out
+    pack_into(here.memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *addresses, *integers)
+    return None if here.launch(here.config, function, here.pointers, None) else out
 
 
 def served(name: str, describe: Callable[..., tuple[Tensor, Launch | None]]) -> Callable[..., Tensor]:
     """The CUDA kernel of an operator from what describes its launch; the aten formula serves where there is none."""
     count = OPERATORS[name].tensors
+    calls: dict[tuple[Any, ...], Call] = {}
 
     def kernel(*args: Any) -> Tensor:
         tensors = args[:count]
         options = [tuple(option) if option.__class__ is list else option for option in args[count:]]
-        key = (name, *map(traits, tensors), *options)
-        call = _calls.get(key)
+        key = (*options, *[traits(tensor) for tensor in tensors])
+        call = calls.get(key)
         if call is not None and (out := again(call, tensors)) is not None:
             return out
         out, launch = describe(*args)
@@ -161,9 +168,9 @@ def served(name: str, describe: Callable[..., tuple[Tensor, Launch | None]]) -> 
             return aten.KERNELS[name](*args)
         call = call_of(launch, start(launch), tensors, out)
         if call is not None:
-            if len(_calls) >= MAX_CALLS:
-                _calls.clear()
-            _calls[key] = call
+            if len(calls) >= MAX_CALLS:
+                calls.clear()
+            calls[key] = call
         return out
 
     return kernel

@@ -18,19 +18,26 @@ def driven(monkeypatch):
     """The launches of a recorder: (function, grid and threads, shared memory, stream, arguments)."""
     recorded = []
 
-    def launch(function, *others):
-        *sizes, shared, stream, pointers, extra = others
+    def launch(config, function, pointers, extra):
         assert extra is None
-        slots = [ctypes.c_int64.from_address(pointers[i]).value for i in range(launches._SLOTS)]
+        *sizes, shared, stream, attributes, number = struct.unpack("7I4xqqI4x", ctypes.string_at(config, 56))
+        assert attributes == number == 0
+        addresses = (ctypes.c_int64 * launches._SLOTS).from_address(pointers)
+        slots = [ctypes.c_int64.from_address(address).value for address in addresses]
         recorded.append((function, tuple(sizes), shared, stream, slots))
         return 0
 
-    driver = launches.Driver.__new__(launches.Driver)
-    driver.arguments = (ctypes.c_int64 * launches._SLOTS)(*[-1] * launches._SLOTS)
-    first = ctypes.addressof(driver.arguments)
-    driver.pointers = (ctypes.c_void_p * launches._SLOTS)(*range(first, first + 8 * launches._SLOTS, 8))
-    driver.launch = launch
-    monkeypatch.setattr(launches, "driver", lambda: driver)
+    class Recorder(launches.Driver):
+        def __init__(self):
+            self.launch = launch
+            self.allocate()
+            self.memory[:] = b"\xff" * len(self.memory)
+
+    recorder = Recorder()
+    monkeypatch.setattr(launches, "driver", lambda: recorder)
+    monkeypatch.setattr(
+        launches, "empty", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+    )
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors are
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
     return recorded
