@@ -4,7 +4,7 @@
 
 /* What a strip needs in the first-level cache; ones are scales of 1. */
 struct room {
-    _Alignas(64) float x[CHUNK], out[CHUNK], quotients[CHUNK], ones[CHUNK];
+    _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK];
     float amax[CHUNK], divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
     uint32_t most[CHUNK], random[PHILOX_ROOM];
 };
@@ -21,7 +21,7 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
         for (int64_t i = 0; i < n; i++) {
             quotients[i] = amax[i] / max_value / tensor_scale;
         }
-        quantize32(quotients, r->ones, 1, NULL, multiplier, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, 0, &f);
+        quantize32(b->level, &f, quotients, r->ones, r->ones, 1, NULL, multiplier, n);
         for (int64_t i = 0; i < n; i++) {
             const float level = multiplier[i] < b->smallest ? b->smallest : multiplier[i];
             divisor[i] = level * tensor_scale;
@@ -53,30 +53,14 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
 static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
                          int64_t n, const float *divisor, const float *multiplier) {
     const struct plan *p = b->plan;
-    const float *x = convert32(b->x + at * size_of(p->dtypes[X]), p->dtypes[X], n, r->x);
     const uint32_t *random = NULL;
     if (p->rounding == STOCHASTIC && p->dtypes[RANDOM] == INT64) {
         random = random_words(*(const uint64_t *)(const void *)b->random, index, n, r->random);
     } else if (p->rounding == STOCHASTIC) {
         random = (const uint32_t *)(const void *)b->random + at;
     }
-    char *to = b->out + at * size_of(p->out_dtype);
-    float *out = p->out_dtype == FLOAT32 ? (float *)(void *)to : r->out;
-    if (b->level == NULL || b->with_tensor_scale) {
-        quantize32(x, divisor, 1, random, out, n, variant_of(p), p->rounding, p->overflows, f);
-    } else {
-        divide32(x, divisor, 1, r->quotients, n);
-        quantize32(r->quotients, r->ones, 1, random, out, n, variant_of(p), p->rounding, p->overflows, f);
-        for (int64_t i = 0; i < n; i++) {
-            out[i] *= multiplier[i];
-        }
-    }
-    if (p->out_dtype == FLOAT16) {
-        float16_from_floats(out, (uint16_t *)(void *)to, n);
-    }
-    if (p->out_dtype == BFLOAT16) {
-        bfloat16_from_floats(out, (uint16_t *)(void *)to, n);
-    }
+    const char *x = b->x + at * size_of(p->dtypes[X]);
+    quantize32(p, f, x, divisor, multiplier, 1, random, b->out + at * size_of(p->out_dtype), n);
 }
 
 /* The largest magnitude of each of n elements of a row and what is there, as bits: NaN lies behind infinity. */

@@ -28,12 +28,13 @@ static const FLOAT *NAME(convert)(const void *raw, enum dtype dtype, int64_t n, 
 }
 
 /* Returns the largest |q| that a variant other than GENERAL met, as bits. */
-INLINE UINT NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
-                                const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
-                                enum rounding rounding, int overflows, const struct NAME(format) * f) {
+INLINE UINT NAME(quantize_each)(const FLOAT *restrict x, const FLOAT *restrict divisor,
+                                const FLOAT *restrict multiplier, int varies, const uint32_t *restrict random,
+                                FLOAT *restrict out, int64_t n, enum variant variant, enum rounding rounding,
+                                int overflows, const struct NAME(format) * f) {
     UINT most = 0;
     for (int64_t i = 0; i < n; i++) {
-        const FLOAT s = scale[varies ? i : 0], q = x[i] / s;
+        const FLOAT q = x[i] / divisor[varies ? i : 0], s = multiplier[varies ? i : 0];
         const UINT r = rounding == STOCHASTIC ? random[i] & f->random_mask : 0;
         if (variant == GENERAL) {
             out[i] = s * NAME(project)(q, r, rounding, overflows, f);
@@ -117,17 +118,23 @@ static const FLOAT *NAME(spread)(const FLOAT *scale, int varies, int64_t n, FLOA
     return varies ? scale : scales;
 }
 
-/* scale has one element for all where it does not vary; for the GENERAL variant it does. What the other variants must
- * not meet is rare: a chunk that has it is done again. */
-static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
-                           const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
-                           enum rounding rounding, int overflows, const struct NAME(format) * format) {
+/* x / divisor rounded, times multiplier. These have one element for all where they do not vary. What variants other
+ * than GENERAL must not meet is rare: a chunk that has it is done again. */
+static void NAME(quantize_chunk)(const FLOAT *restrict x, const FLOAT *divisor, const FLOAT *multiplier, int varies,
+                                 const uint32_t *restrict random, FLOAT *restrict out, int64_t n, enum variant variant,
+                                 const struct plan *p, const struct NAME(format) * format) {
     const struct NAME(format) f = *format;
+    const enum rounding rounding = p->rounding;
+    FLOAT divisors[CHUNK], multipliers[CHUNK];
+    if (variant == GENERAL) { /* its loops are for scales that vary */
+        divisor = NAME(spread)(divisor, varies, n, divisors);
+        multiplier = NAME(spread)(multiplier, varies, n, multipliers);
+    }
     UINT most = 0;
 #define LOOP(VARIES, VARIANT, ROUNDING)                                                                                \
-    most = VARIANT == GENERAL && overflows                                                                             \
-               ? NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 1, &f)                       \
-               : NAME(quantize_each)(x, scale, VARIES, random, out, n, VARIANT, ROUNDING, 0, &f)
+    most = VARIANT == GENERAL && p->overflows                                                                          \
+               ? NAME(quantize_each)(x, divisor, multiplier, VARIES, random, out, n, VARIANT, ROUNDING, 1, &f)         \
+               : NAME(quantize_each)(x, divisor, multiplier, VARIES, random, out, n, VARIANT, ROUNDING, 0, &f)
     if (variant == ADJUSTED) {
         SPECIALIZE_ADJUSTED(LOOP)
     } else {
@@ -135,10 +142,28 @@ static void NAME(quantize)(const FLOAT *restrict x, const FLOAT *restrict scale,
     }
 #undef LOOP
     if (most >= f.special_from) {
-        FLOAT scales[CHUNK];
-        scale = NAME(spread)(scale, varies, n, scales);
-        NAME(quantize)(x, scale, 1, random, out, n, GENERAL, rounding, 0, format);
+        NAME(quantize_chunk)(x, divisor, multiplier, varies, random, out, n, GENERAL, p, format);
     }
+}
+
+/* The same from elements of the plan's dtype of x to those of out's. */
+static void NAME(quantize)(const struct plan *p, const struct NAME(format) * f, const void *x, const FLOAT *divisor,
+                           const FLOAT *multiplier, int varies, const uint32_t *random, void *out, int64_t n) {
+    enum variant variant = variant_of(p);
+#if defined(__AVX512F__) && FRACTION_BITS == 23
+    if (variant != GENERAL && p->dtypes[X] == p->out_dtype && n >= 32) {
+        const struct vectors v = {x, out, divisor, multiplier, random, n};
+        if (quantize_chunk512(&v, p->out_dtype, varies, variant, p->rounding, f) < f->special_from) {
+            return;
+        }
+        variant = GENERAL;
+    }
+#endif
+    FLOAT x_buffer[CHUNK], out_buffer[CHUNK];
+    FLOAT *numbers = is_narrow(p->out_dtype) ? out_buffer : out;
+    const FLOAT *converted = NAME(convert)(x, p->dtypes[X], n, x_buffer);
+    NAME(quantize_chunk)(converted, divisor, multiplier, varies, random, numbers, n, variant, p, f);
+    narrow((const float *)numbers, p->out_dtype, out, n);
 }
 
 static void NAME(encode)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies,
@@ -182,15 +207,6 @@ static void NAME(decode)(const uint8_t *restrict codes, const FLOAT *restrict sc
     }
 }
 
-/* x / scale in place of x, for a projection at scale 1. */
-static const FLOAT *NAME(divide)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
-                                 int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        out[i] = x[i] / scale[varies ? i : 0];
-    }
-    return out;
-}
-
 static void NAME(dequantize)(const FLOAT *restrict x, const FLOAT *restrict scale, int varies, FLOAT *restrict out,
                              int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -226,7 +242,7 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const struct plan *p = c->plan;
     const struct NAME(format) f = NAME(prepare)(p);
     _Alignas(64) FLOAT x_buffer[CHUNK], scale_buffer[CHUNK], out_buffer[CHUNK];
-    _Alignas(64) FLOAT quotient_buffer[CHUNK], ones[CHUNK];
+    FLOAT ones[CHUNK];
     uint64_t raw_buffers[OPERANDS][CHUNK];
     uint32_t random_buffer[PHILOX_ROOM];
     struct stream streams[OPERANDS];
@@ -256,33 +272,26 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
             skip(&streams[SCALE], n - scales);
         }
         const void *raw = read_stream(&streams[X], n);
-        const FLOAT *x = p->operation == DECODE ? NULL : NAME(convert)(raw, p->dtypes[X], n, x_buffer);
         if (p->rounding == STOCHASTIC) {
             random = read_random(&streams[RANDOM], p, begin, n, random_buffer);
         }
         char *to = c->out + begin * size_of(p->out_dtype);
-        const int is_narrow = p->out_dtype == FLOAT16 || p->out_dtype == BFLOAT16;
-        FLOAT *out = is_narrow ? out_buffer : (FLOAT *)to;
+        if (!p->is_wide && (p->operation == QUANTIZE || p->operation == PROJECT)) {
+            NAME(quantize)(p, &f, raw, scale, p->operation == PROJECT ? ones : scale, varies, random, to, n);
+            continue;
+        }
+        const FLOAT *x = p->operation == DECODE ? NULL : NAME(convert)(raw, p->dtypes[X], n, x_buffer);
+        FLOAT *out = is_narrow(p->out_dtype) ? out_buffer : (FLOAT *)to;
         if (p->is_wide) {
             NAME(wide)(p, raw, x, scale, varies, random, out, to, n);
         } else if (p->operation == ENCODE) {
             NAME(encode)(x, scale, varies, random, (uint8_t *)to, n, variant, p->rounding, &f);
-        } else if (p->operation == PROJECT) {
-            const FLOAT *quotients = NAME(divide)(x, scale, varies, quotient_buffer, n);
-            NAME(quantize)(quotients, ones, varies, random, out, n, variant, p->rounding, p->overflows, &f);
-        } else if (p->operation == QUANTIZE) {
-            NAME(quantize)(x, scale, varies, random, out, n, variant, p->rounding, p->overflows, &f);
         } else if (p->operation == DECODE) {
             NAME(decode)(raw, scale, varies, out, n, &f);
         } else {
             NAME(dequantize)(x, scale, varies, out, n);
         }
-        if (p->out_dtype == FLOAT16) {
-            float16_from_floats((const float *)out, (uint16_t *)to, n);
-        }
-        if (p->out_dtype == BFLOAT16) {
-            bfloat16_from_floats((const float *)out, (uint16_t *)to, n);
-        }
+        narrow((const float *)out, p->out_dtype, to, n);
     }
 }
 

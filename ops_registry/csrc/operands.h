@@ -74,6 +74,18 @@ static void bfloat16_from_floats(const float *restrict numbers, uint16_t *restri
     }
 }
 
+INLINE int is_narrow(enum dtype dtype) { return dtype == FLOAT16 || dtype == BFLOAT16; }
+
+/* Numbers to elements of a narrow dtype; to others nothing. */
+static void narrow(const float *numbers, enum dtype dtype, void *out, int64_t n) {
+    if (dtype == FLOAT16) {
+        float16_from_floats(numbers, out, n);
+    }
+    if (dtype == BFLOAT16) {
+        bfloat16_from_floats(numbers, out, n);
+    }
+}
+
 INLINE int64_t size_of(enum dtype dtype) {
     return dtype == UINT8 ? 1 : dtype == FLOAT64 || dtype == INT64 ? 8 : dtype == FLOAT32 || dtype == INT32 ? 4 : 2;
 }

@@ -19,7 +19,7 @@ static void wide_project(const struct plan *p, double *numbers, const uint32_t *
         }
         quotients[i] = q;
     }
-    quantize64(quotients, ones, 1, random, numbers, n, variant_of(p), p->rounding, p->overflows, &f);
+    quantize_chunk64(quotients, ones, ones, 1, random, numbers, n, variant_of(p), p, &f);
     for (int64_t i = 0; !p->is_signed && i < n; i++) {
         numbers[i] = numbers[i] < 0 ? nan : numbers[i] + 0.0; /* and -0 becomes 0 */
     }

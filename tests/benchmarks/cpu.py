@@ -275,11 +275,12 @@ FEW, MANY = 8192, 40960  # elements: all of them in the second-level cache
 
 CYCLES = [
     "One thread: cycles an element of the least times, in the second-level cache (what more elements take longer",
-    "there), at 1M and at 16M; others' work on the machine moves these least. With AVX-512 a vector of 16 float32",
-    "elements takes 15 instructions to the nearest value, 19 to 24 with another rounding and 28 with given bits; two",
-    "vectors of random words from a seed take 75, which on one thread is more than memory takes. The division does",
-    "not bind: with the reciprocal and two fused multiply-adds in its place, exact as on CUDA, the loop took 0.31 to",
-    "0.35 cycles beside 0.27 to 0.30 (2026-11-25). float16 and bfloat16 pay for conversions in loops of their own.",
+    "there), at 1M and at 16M; others' work on the machine moves these least. With AVX-512, 16 float32 elements",
+    "take 10 instructions of arithmetic to the nearest value or toward zero, 11 or 12 with another rounding, 14",
+    "with given bits; float16 takes 2 more, the conversions, which take 2 of 4 ports for a cycle and a half,",
+    "bfloat16 7; 32 random words from a seed take 62. The machine finishes 3 of these in a cycle at best, by loops",
+    "without memory (2026-11-25): 0.28 cycles an element to the nearest, 0.40 in float16 and 0.6 a word, which is",
+    "what binds in cache.",
 ]
 
 

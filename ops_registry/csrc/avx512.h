@@ -1,0 +1,193 @@
+/* quantize of loops.h for AVX-512, in float32: what is converted, divided, rounded and multiplied stays in registers,
+ * and where project_adjusted in nearest.h goes from the nearest value to another, an instruction rounds its own way.
+ */
+
+#ifdef __AVX512F__
+
+#define RZ (_MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)
+#define RU (_MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)
+#define RD (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)
+
+/* 32 elements: the first and the second half, of bfloat16 the even and the odd ones. */
+struct pair {
+    __m512 a, b;
+};
+
+INLINE struct pair load_pair(const void *from, enum dtype dtype, int64_t i) {
+    const uint16_t *halves = (const uint16_t *)from + i;
+    if (dtype == FLOAT32) {
+        const float *floats = (const float *)from + i;
+        return (struct pair){_mm512_loadu_ps(floats), _mm512_loadu_ps(floats + 16)};
+    }
+    if (dtype == FLOAT16) {
+        return (struct pair){_mm512_cvtph_ps(_mm256_loadu_si256((const void *)halves)),
+                             _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(halves + 16)))};
+    }
+    const __m512i words = _mm512_loadu_si512(halves);
+    return (struct pair){_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+                         _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)))};
+}
+
+/* float32 beside elements of the dtype. */
+INLINE struct pair load_beside(const void *from, enum dtype dtype, int64_t i) {
+    const struct pair p = load_pair(from, FLOAT32, i);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return dtype != BFLOAT16
+               ? p
+               : (struct pair){_mm512_permutex2var_ps(p.a, even, p.b), _mm512_permutex2var_ps(p.a, odd, p.b)};
+}
+
+/* to_bfloat16 in the upper half of each. */
+INLINE __m512i rounded_to_bfloat16(__m512 numbers) {
+    const __m512i any_nan = _mm512_set1_epi32(0x11111100); /* 0 keeps, 1 takes the number: what is not NaN */
+    numbers = _mm512_fixupimm_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)), numbers, any_nan, 0);
+    const __m512i bits = _mm512_castps_si512(numbers);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
+}
+
+INLINE void store_pair(void *to, enum dtype dtype, int64_t i, struct pair p) {
+    uint16_t *halves = (uint16_t *)to + i;
+    if (dtype == FLOAT32) {
+        _mm512_storeu_ps((float *)to + i, p.a);
+        _mm512_storeu_ps((float *)to + i + 16, p.b);
+    } else if (dtype == FLOAT16) {
+        const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        _mm256_storeu_si256((void *)halves, _mm512_cvtps_ph(p.a, nearest));
+        _mm256_storeu_si256((void *)(halves + 16), _mm512_cvtps_ph(p.b, nearest));
+    } else {
+        const __m512i even = _mm512_srli_epi32(rounded_to_bfloat16(p.a), 16), odd = rounded_to_bfloat16(p.b);
+        _mm512_storeu_si512(halves, _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd));
+    }
+}
+
+/* a | (b & c) */
+INLINE __m512 with_bits(__m512 a, __m512 b, __m512i c) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b), c, 0xf8));
+}
+
+/* project_nearest and project_adjusted. No sum rounded toward zero passes a multiple of the quantum, as these are
+ * float32 numbers. So magic + x toward zero is magic + below; and so is what follows from x + quantum / 2, or from x +
+ * R * quantum / 2^N, rounded toward zero: its value below is that at or above the midpoint, or StochasticA's. */
+INLINE __m512 project_vector(__m512 q, __m512i random, enum variant variant, enum rounding rounding,
+                             const struct format32 *f, __m512i *most) {
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    const __m512i quotient = _mm512_andnot_si512(sign, _mm512_castps_si512(q));
+    *most = _mm512_max_epi32(*most, quotient);
+    const __m512i a = _mm512_min_epi32(quotient, _mm512_set1_epi32((int32_t)f->limits[0]));
+    const __m512i exponent = _mm512_and_si512(a, _mm512_set1_epi32(FLOAT32_INFINITY));
+    const __m512i power = _mm512_max_epi32(exponent, _mm512_set1_epi32((int32_t)f->min_power));
+    __m512 x = _mm512_castsi512_ps(a), p = _mm512_castsi512_ps(power), quanta = _mm512_set1_ps(f->quanta), sum;
+    if (variant == POWERS) {
+        const __m512i more = _mm512_srli_epi32(power, 23);
+        quanta = _mm512_castsi512_ps(_mm512_add_epi32(more, _mm512_set1_epi32((int32_t)f->power_quanta)));
+    }
+    switch (rounding) {
+    case NEAREST_TIES_TO_AWAY:
+        x = _mm512_fmadd_round_ps(p, _mm512_set1_ps(f->half_quantum), x, RZ);
+        sum = _mm512_fmadd_round_ps(p, quanta, x, RZ);
+        break;
+    case TOWARD_ZERO:
+        sum = _mm512_fmadd_round_ps(p, quanta, x, RZ);
+        break;
+    case TOWARD_POSITIVE:
+        p = with_bits(p, q, sign);
+        sum = _mm512_fmadd_round_ps(p, quanta, with_bits(x, q, sign), RU);
+        break;
+    case TOWARD_NEGATIVE:
+        p = with_bits(p, q, sign);
+        sum = _mm512_fmadd_round_ps(p, quanta, with_bits(x, q, sign), RD);
+        break;
+    case TO_ODD: /* of the two sums beside x the one with an odd fraction */
+        sum = with_bits(_mm512_fmadd_round_ps(p, quanta, x, RZ), _mm512_fmadd_round_ps(p, quanta, x, RU),
+                        _mm512_set1_epi32(1));
+        break;
+    case STOCHASTIC: {
+        const __m512i r = _mm512_and_si512(random, _mm512_set1_epi32((int32_t)f->random_mask));
+        const __m512 step = _mm512_mul_ps(p, _mm512_set1_ps(f->random_quantum));
+        x = _mm512_fmadd_round_ps(_mm512_cvtepi32_ps(r), step, x, RZ);
+        sum = _mm512_fmadd_round_ps(p, quanta, x, RZ);
+        break;
+    }
+    default:
+        sum = _mm512_fmadd_ps(p, quanta, x);
+    }
+    const __m512 y = with_bits(_mm512_fnmadd_ps(p, quanta, sum), q, sign);
+    return variant == UNSIGNED_ZERO ? _mm512_add_ps(y, _mm512_setzero_ps()) : y;
+}
+
+/* The operands of quantize32 where x has the dtype of out; n >= 32. */
+struct vectors {
+    const void *x;
+    void *out;
+    const float *divisor, *multiplier; /* one for all where they do not vary */
+    const uint32_t *random;
+    int64_t n;
+};
+
+/* Returns the largest |q|, as quantize_each does. The last pair may begin in the one before it. */
+INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, int varies, enum variant variant,
+                                 enum rounding rounding, const struct format32 *format) {
+    const struct vectors v = *operands;
+    const struct format32 f = *format;
+    __m512i most = _mm512_setzero_si512();
+    struct pair divisor = {_mm512_set1_ps(*v.divisor), _mm512_set1_ps(*v.divisor)}, random = divisor;
+    struct pair multiplier = {_mm512_set1_ps(*v.multiplier), _mm512_set1_ps(*v.multiplier)};
+    for (int64_t next = 0; next < v.n; next += 32) {
+        const int64_t i = next < v.n - 32 ? next : v.n - 32;
+        const struct pair x = load_pair(v.x, dtype, i);
+        if (varies) {
+            divisor = load_beside(v.divisor, dtype, i);
+            multiplier = load_beside(v.multiplier, dtype, i);
+        }
+        if (rounding == STOCHASTIC) {
+            random = load_beside(v.random, dtype, i);
+        }
+        struct pair y = {_mm512_div_ps(x.a, divisor.a), _mm512_div_ps(x.b, divisor.b)};
+        y.a = project_vector(y.a, _mm512_castps_si512(random.a), variant, rounding, &f, &most);
+        y.b = project_vector(y.b, _mm512_castps_si512(random.b), variant, rounding, &f, &most);
+        store_pair(v.out, dtype, i, (struct pair){_mm512_mul_ps(y.a, multiplier.a), _mm512_mul_ps(y.b, multiplier.b)});
+    }
+    return (uint32_t)_mm512_reduce_max_epi32(most);
+}
+
+static uint32_t quantize_chunk512(const struct vectors *v, enum dtype dtype, int varies, enum variant variant,
+                                  enum rounding rounding, const struct format32 *f) {
+#define EITHER(DTYPE, VARIANT, ROUNDING)                                                                               \
+    varies ? quantize_vectors(v, DTYPE, 1, VARIANT, ROUNDING, f) : quantize_vectors(v, DTYPE, 0, VARIANT, ROUNDING, f)
+#define EACH_DTYPE(VARIANT, ROUNDING)                                                                                  \
+    return dtype == FLOAT32   ? EITHER(FLOAT32, VARIANT, ROUNDING)                                                     \
+           : dtype == FLOAT16 ? EITHER(FLOAT16, VARIANT, ROUNDING)                                                     \
+                              : EITHER(BFLOAT16, VARIANT, ROUNDING)
+    switch (rounding) {
+    case NEAREST_TIES_TO_AWAY:
+        EACH_DTYPE(ADJUSTED, NEAREST_TIES_TO_AWAY);
+    case TOWARD_ZERO:
+        EACH_DTYPE(ADJUSTED, TOWARD_ZERO);
+    case TOWARD_POSITIVE:
+        EACH_DTYPE(ADJUSTED, TOWARD_POSITIVE);
+    case TOWARD_NEGATIVE:
+        EACH_DTYPE(ADJUSTED, TOWARD_NEGATIVE);
+    case TO_ODD:
+        EACH_DTYPE(ADJUSTED, TO_ODD);
+    case STOCHASTIC:
+        EACH_DTYPE(ADJUSTED, STOCHASTIC);
+    default:
+        break;
+    }
+    if (variant == POWERS) {
+        EACH_DTYPE(POWERS, NEAREST_TIES_TO_EVEN);
+    }
+    if (variant == UNSIGNED_ZERO) {
+        EACH_DTYPE(UNSIGNED_ZERO, NEAREST_TIES_TO_EVEN);
+    }
+    EACH_DTYPE(PLAIN, NEAREST_TIES_TO_EVEN);
+#undef EACH_DTYPE
+#undef EITHER
+}
+
+#undef RZ
+#undef RU
+#undef RD
+#endif
