@@ -132,6 +132,7 @@ RULES = {
     "encode_stochastic": Rule(_none, _no_tangent),
     "decode": Rule(_none, _no_tangent),
     "amax": Rule(_none, _no_tangent),
+    "as_scale": Rule(_none, _no_tangent),
     "pack": Rule(_none, _no_tangent),
     "unpack": Rule(_none, _no_tangent),
     "matmul": Rule(_matmul, _matmul_tangent, slice(0, 5), arguments=2),

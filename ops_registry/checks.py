@@ -162,6 +162,15 @@ def check_amax(x: Tensor, dims: list[int]) -> None:
         raise ValueError(f"dims must be different dimensions of x, from 0 to {x.ndim - 1}, got {list(dims)}")
 
 
+def check_as_scale(amax: Tensor, max_value: float) -> None:
+    """Checks the arguments of as_scale."""
+    if amax.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"amax must have a dtype of float32, float64, got {amax.dtype}")
+    _check_strided("amax", amax)
+    if not 0 < max_value < math.inf:
+        raise ValueError(f"max_value must be positive and finite, got {max_value!r}")
+
+
 def check_pack(codes: Tensor, bits: int) -> None:
     """Checks the arguments of pack."""
     _check_bytes("codes", codes)

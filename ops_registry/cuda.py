@@ -16,6 +16,7 @@ from torch import Tensor
 from . import aten, products
 from .arithmetic import code_dtype
 from .checks import (
+    check_as_scale,
     check_decode,
     check_encode,
     check_matmul,
@@ -32,7 +33,7 @@ from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
 from .philox import random_bits as bits_of
-from .tiles import fits_blocks, scaling_of, tiling_of
+from .tiles import fits_blocks, most_of, scaling_of, tiling_of
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
@@ -44,6 +45,7 @@ BLOCK_BYTES = 4096  # of the output
 MAX_REGISTERS = 40  # of a thread, so that 48 warps are at work; measured in float32 and bfloat16
 GROUPS, CODES = 512, 8  # of codes that are whole bytes: groups of a program, and codes of a group
 ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the registers that it needs
+SCALES = 512  # of a program
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
 _NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS
@@ -200,6 +202,16 @@ def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None 
     return out, launch_of("decode_kernel", out, scale, [codes], f)
 
 
+def as_scale(amax: Tensor, max_value: float) -> Described:
+    check_as_scale(amax, max_value)
+    out, module = torch.empty_like(amax), kernels("cuda_blocks")
+    if module is None or amax.dtype == torch.float64:
+        return out, None
+    constants, options = (max_value, most_of(max_value), SCALES), {"num_warps": NUM_WARPS}
+    tensors = [in_order_of(out, amax), out]
+    return out, Launch(module.as_scale_kernel, -(-out.numel() // SCALES), tensors, (out.numel(),), constants, options)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     check_pack(codes, bits)
     return _regroup("pack", codes, bits, codes.shape[-1])
@@ -283,6 +295,7 @@ DESCRIPTIONS = with_twins(
         "project": project,
         "encode": encode,
         "decode": decode,
+        "as_scale": as_scale,
         "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
         "quantize_operand": quantize_operand,
     }

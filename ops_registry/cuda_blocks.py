@@ -14,14 +14,21 @@ _INTEGERS = ["rows", "columns", "tiles_down", "tiles_across", "step_out", "step_
 
 
 @triton.jit
-def as_scale(amax, max_value: tl.constexpr, scaling: tl.constexpr):
+def as_scale(amax, max_value: tl.constexpr, most: tl.constexpr):
     """amax / max_value, positive and finite, 1 for 0; NaN for an infinite amax and for NaN."""
     smallest: tl.constexpr = 2.0**-126
     scale = tl.div_rn(amax, max_value + tl.zeros_like(amax))
     scale = tl.where(scale < smallest, smallest, scale)
-    scale = tl.where(scale > scaling.most, scaling.most, scale)
+    scale = tl.where(scale > most, most, scale)
     scale = tl.where(amax == 0, 1.0, scale)
     return tl.where(amax == float("inf"), float("nan"), scale)
+
+
+@triton.jit(do_not_specialize=["n"])
+def as_scale_kernel(amax_ptr, out_ptr, n: tl.int64, max_value: tl.constexpr, most: tl.constexpr, block: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    scale = as_scale(tl.load(amax_ptr + i, i < n, 0.0), max_value, most)
+    tl.store(out_ptr + i, scale, i < n)
 
 
 @triton.jit
@@ -153,7 +160,9 @@ def quantize_operand_kernel(
         divisor = level * tensor_scale
         multiplier = divisor if scaling.with_tensor_scale else level
     else:
-        divisor = as_power_of_two(amax, max_value, scaling) if scaling.is_power else as_scale(amax, max_value, scaling)
+        divisor = (
+            as_power_of_two(amax, max_value, scaling) if scaling.is_power else as_scale(amax, max_value, scaling.most)
+        )
         multiplier = divisor
     overflows: tl.constexpr = saturation == "none" and format.has_nan
     limit: tl.constexpr = format.overflow_value if overflows else max_value

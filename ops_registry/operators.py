@@ -14,6 +14,7 @@ from torch import Tensor
 from .arithmetic import code_dtype, compute_dtype
 from .checks import (
     check_amax,
+    check_as_scale,
     check_decode,
     check_dequantize,
     check_encode,
@@ -141,6 +142,7 @@ OPERATORS = {
         is_pointwise=False,
     ),
     "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),
+    "as_scale": Operator("(Tensor amax, float max_value) -> Tensor", check_as_scale, _like_x, is_pointwise=False),
     "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, False, False),
     "unpack": Operator("(Tensor packed, int bits, SymInt n) -> Tensor", check_unpack, _unpacked, False, False),
     "matmul": Operator(

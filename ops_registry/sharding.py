@@ -28,6 +28,7 @@ def register() -> None:
     rules |= dict.fromkeys(IN_BLOCKS, _placements_of_blocks)
     rules |= {
         "amax": _placements_of_amax,
+        "as_scale": _placements_of_elements,
         "pack": _placements_of_rows,
         "unpack": _placements_of_rows,
         "matmul": _placements_of_matmul,
@@ -79,6 +80,14 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
             of_bits = [p if bits_are_split else Replicate()] * has_bits
             choices.append(([p], [p, of_scale, *of_bits, *options]))
     return choices
+
+
+def _placements_of_elements(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Replicated, or split as x is."""
+    from torch.distributed.tensor import Replicate
+
+    splits = [p for p in x.placements if hasattr(p, "dim")]
+    return [([p], [p, *[None] * len(others)]) for p in (Replicate(), *splits)]
 
 
 def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:

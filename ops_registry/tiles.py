@@ -154,6 +154,12 @@ def fits_blocks(format: FP8Format, scale_format: FP8Format | None) -> bool:
     return narrow and (scale_format is None or (not scale_format.needs_float64 and scale_format.has_zero))
 
 
+def most_of(max_value: float) -> float:
+    """The largest scale, as in scales.as_scale, rounded to float32."""
+    most = min(_LARGEST, _LARGEST * (1 - 2.0**-22) / max_value)
+    return float(struct.unpack("f", struct.pack("f", most))[0])
+
+
 @lru_cache(maxsize=4096)
 def scaling_of(format: FP8Format, power_of_two: str | None, headroom: float, with_tensor_scale: bool) -> Scaling:
     by_quotient = power_of_two == "rceil"
@@ -162,8 +168,7 @@ def scaling_of(format: FP8Format, power_of_two: str | None, headroom: float, wit
     exponent = 0 if by_quotient else math.frexp(format.max_representable_value)[1] - 1
     missing = max(0, 1 - exponent)
     factors = 2.0 ** min(127, missing), 2.0 ** max(0, missing - 127)
-    most = min(_LARGEST, _LARGEST * (1 - 2.0**-22) / format.max_representable_value)
-    most = struct.unpack("f", struct.pack("f", most))[0]  # rounded to float32
+    most = most_of(format.max_representable_value)
     return Scaling(
         headroom, with_tensor_scale, most, power_of_two is not None, by_quotient, *factors, carry, exponent + missing
     )

@@ -60,6 +60,10 @@ def _amax(info: Any, in_dims: tuple[int, None], x: Tensor, dims: list[int]) -> t
     return torch.ops.altgrad.amax(x.movedim(in_dims[0], 0), [dim + 1 for dim in dims]), 0
 
 
+def _as_scale(info: Any, in_dims: tuple[int, None], amax: Tensor, max_value: float) -> tuple[Tensor, int]:
+    return torch.ops.altgrad.as_scale(amax, max_value), in_dims[0]
+
+
 def _pack(info: Any, in_dims: tuple[int, None], codes: Tensor, bits: int) -> tuple[Tensor, int]:
     check_pack(codes.select(in_dims[0], 0), bits)
     return torch.ops.altgrad.pack(codes.movedim(in_dims[0], 0), bits), 0
@@ -82,6 +86,7 @@ torch.library.register_vmap("altgrad::matmul", _matmul, lib=library)
 torch.library.register_vmap("altgrad::pack", _pack, lib=library)
 torch.library.register_vmap("altgrad::unpack", _unpack, lib=library)
 torch.library.register_vmap("altgrad::amax", _amax, lib=library)
+torch.library.register_vmap("altgrad::as_scale", _as_scale, lib=library)
 for _name, _operator in OPERATORS.items():
     if _operator.is_pointwise:
         torch.library.register_vmap(f"altgrad::{_name}", _batched(_name, _operator.tensors), lib=library)

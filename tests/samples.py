@@ -57,6 +57,7 @@ SAMPLES = {
         *([*[1] * (x.ndim - 1), 3][: x.ndim], None, "E4M3", 1.0625, other_dtype(x)),
     ),
     "quantize_operand_stochastic": lambda x, scale: (x, None, random_bits(x), "E5M2", "finite", [2] * x.ndim),
+    "as_scale": lambda x, scale: (x if x.dtype == torch.float64 else x.float(), 448.0),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),
     "matmul": lambda x, scale: (matrix(x), matrix(x).mT, "g4f9e6m7np8"),

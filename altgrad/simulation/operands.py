@@ -6,6 +6,7 @@ exact in bfloat16, so that a product on bfloat16 hardware multiplies the numbers
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ops_registry.arithmetic import divide
 from ops_registry.aten import split
 from ops_registry.blocks import blocked, unblocked
 from ops_registry.philox import random_bits
-from ops_registry.scales import as_scale, block_level
+from ops_registry.scales import block_level
 from ops_registry.sharding import whole
 
 from ..quantization.formats import FP8Format, resolve
@@ -129,7 +130,7 @@ def quantize_in_blocks(x: Tensor, rule: Rule, f: FP8Format, bits: Tensor | None,
         largest = PerTensor().apply(amax, x)
         largest = largest if rule.headroom == 1 else largest * rule.headroom
         top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
-        outer = as_scale(largest, top).reshape(())
+        outer = torch.ops.altgrad.as_scale(largest, top).reshape(())
     options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, dtype
     if bits is None:
         values = torch.ops.altgrad.quantize_operand(x, outer, f.name, rule.saturation, rule.rounding, *options)
@@ -185,7 +186,12 @@ def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
         statistic = statistic * rule.headroom
     if rule.scale_format is not None:
         return _two_levels(view, dims, rule, f, statistic)
-    divisor = _scale_of(view, dims, rule, f, statistic, _rounded_scale(statistic, f, rule.power_of_two, None))
+    to_scale: Callable[[Tensor], Tensor]
+    if rule.power_of_two is None:
+        to_scale = partial(torch.ops.altgrad.as_scale, max_value=f.max_representable_value)
+    else:
+        to_scale = _rounded_scale(statistic, f, rule.power_of_two, None)
+    divisor = _scale_of(view, dims, rule, f, statistic, to_scale)
     if rule.power_of_two is not None:  # exact in the values, wherever it is constant
         return Scales(divisor, divisor, None)
     if rule.per == "tensor":
@@ -198,7 +204,7 @@ def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
     g = resolve(rule.scale_format or "")
     is_amax = rule.method != "percentile"
     largest = PerTensor().apply(amax, statistic) if is_amax else PerTensor().apply(amax, view) * rule.headroom
-    outer = as_scale(largest, Levels(f, g, rule.method).top).reshape(())
+    outer = torch.ops.altgrad.as_scale(largest, Levels(f, g, rule.method).top).reshape(())
     if not factors_of(rule.method, None):
         inner = block_level(statistic, f, g, outer)
         return Scales(inner * outer, inner, outer)
