@@ -91,9 +91,18 @@ def philox(random_ptr, block, is_wide: tl.constexpr):
 def random_words(random_ptr, first, across, column, step, tile: tl.constexpr):
     """The words of a seed, as philox.py says, of elements that row-major order counts from first, by step a column.
 
-    Where a row has whole blocks of four words, they are made once.
+    Where a row or a column has whole blocks of four words, they are made once.
     """
-    if tile.has_fours:
+    if tile.has_fours_down:
+        block, four = (
+            tl.arange(0, tile.high)[:, None, None, None],
+            tl.arange(0, tile.height_room // 4)[None, :, None, None],
+        )
+        x0, x1, x2, x3 = philox(random_ptr, (first + block * tile.height + 4 * four + column * step) >> 2, tile.is_wide)
+        words = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+        words = words.reshape(tile.high, tile.height_room // 4, tile.wide, tile.width_room, 4)
+        words = tl.permute(words, (0, 1, 4, 2, 3)).reshape(tile.high, tile.height_room, tile.wide, tile.width_room)
+    elif tile.has_fours:
         block, four = tl.arange(0, tile.wide)[None, None, :, None], tl.arange(0, tile.width_room // 4)[None, None, None]
         x0, x1, x2, x3 = philox(random_ptr, (first + (across + block) * tile.width + 4 * four) >> 2, tile.is_wide)
         words = tl.join(tl.join(x0, x2), tl.join(x1, x3))
@@ -146,7 +155,8 @@ def quantize_operand_kernel(
         if random_ptr.dtype.element_ty != tl.int64:
             random = tl.load(random_ptr + i, mask)
         else:
-            first = matrix * step_out.to(index) + row * step_down.to(index)
+            first = matrix * step_out.to(index)
+            first += down * tile.high * tile.height if tile.has_fours_down else row * step_down.to(index)
             random = random_words(random_ptr, first, across * tile.wide, column, step_across.to(index), tile)
     # Magnitudes are ordered as their bits are, NaN behind infinity.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

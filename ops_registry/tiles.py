@@ -39,7 +39,7 @@ class Tile(NamedTuple):
     """high times wide blocks of height times width; rooms are powers of two.
 
     is_full: no tile has less than that. is_aligned: rows begin at multiples of 16. is_wide: offsets need 64 bits.
-    has_fours: row-major order counts from a multiple of 4 on in every row of a block.
+    has_fours: row-major order counts from a multiple of 4 on in every row of a block; has_fours_down: in every column.
     """
 
     high: int
@@ -52,6 +52,7 @@ class Tile(NamedTuple):
     is_aligned: bool
     is_wide: bool
     has_fours: bool
+    has_fours_down: bool
 
 
 class Scaling(NamedTuple):
@@ -114,8 +115,9 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     is_full = is_full and (height_room, width_room) == (m.height, m.width)
     n = math.prod(shape)
     has_fours = m.steps[2] == 1 and all(number % 4 == 0 for number in (m.width, *m.steps[:2]))
+    has_fours_down = m.steps[1] == 1 and all(number % 4 == 0 for number in (m.height, m.steps[0], m.steps[2]))
     sizes = high, m.height, height_room, wide, m.width, width_room
-    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours)
+    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours, has_fours_down)
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
     options = {"num_warps": max(1, min(16, elements // per_warp))}
