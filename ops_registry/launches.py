@@ -78,17 +78,15 @@ class Driver(threading.local):
         self.config = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         first = self.config + _CONFIG
         self.slots = (ctypes.c_void_p * _SLOTS)(*range(first, first + 8 * _SLOTS, 8))
-        self.pointers = ctypes.addressof(self.slots)
+        self.parts = self.launch, self.memory, self.config, ctypes.addressof(self.slots)
 
 
 driver = cache(Driver)
 
 
-def traits(tensor: Tensor | None) -> tuple[Any, ...] | None:
+def traits(tensor: Tensor) -> tuple[Any, ...]:
     """What a launch depends on in a tensor. Kernels differ by alignment."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16 == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() & 15
 
 
 def start(launch: Launch) -> Any:
@@ -142,24 +140,28 @@ def again(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     out = empty(shape, strides, dtype)
     theirs: Any = (*tensors, out)
     addresses = [theirs[source].data_ptr() for source in sources]
-    if addresses[-1] % 16:
+    if addresses[-1] & 15:
         return None
     if with_number:
         addresses.insert(0, theirs[1].float().item())
-    here = driver()
-    pack_into(here.memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *addresses, *integers)
-    return None if here.launch(here.config, function, here.pointers, None) else out
+    launch, memory, config, slots = driver().parts
+    pack_into(memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *addresses, *integers)
+    return None if launch(config, function, slots, None) else out
 
 
 def served(name: str, describe: Callable[..., tuple[Tensor, Launch | None]]) -> Callable[..., Tensor]:
     """The CUDA kernel of an operator from what describes its launch; the aten formula serves where there is none."""
     count = OPERATORS[name].tensors
+    types = [str(argument.type) for argument in getattr(torch.ops.altgrad, name).default._schema.arguments[count:]]
+    block = types.index("List[int]") if "List[int]" in types else None  # no key for a dictionary
     calls: dict[tuple[Any, ...], Call] = {}
 
     def kernel(*args: Any) -> Tensor:
         tensors = args[:count]
-        options = [tuple(option) if option.__class__ is list else option for option in args[count:]]
-        key = (*options, *[traits(tensor) for tensor in tensors])
+        options = args[count:]
+        if block is not None:
+            options = *options[:block], tuple(options[block]), *options[block + 1 :]
+        key = options, *[tensor if tensor is None else traits(tensor) for tensor in tensors]
         call = calls.get(key)
         if call is not None and (out := again(call, tensors)) is not None:
             return out
