@@ -336,6 +336,7 @@ FORMULAS = with_twins(
         "dequantize": dequantize,
         "quantize_blocks": blocks.quantize_blocks,
         "quantize_operand": blocks.quantize_operand,
+        "encode_blocks": blocks.encode_blocks,
         "amax": amax,
         "as_scale": as_scale,
         "pack": packing.pack,

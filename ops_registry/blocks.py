@@ -1,7 +1,7 @@
 """Quantization by scales that are made of the blocks themselves, composed of the other operators.
 
 quantize_blocks multiplies values by their scales; quantize_operand leaves out that of the tensor, for a product to be
-multiplied by, and has no gradient: it is for the inside of a Function.
+multiplied by, and has no gradient: it is for the inside of a Function. encode_blocks gives packed codes and scales.
 
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .arithmetic import compute_dtype
-from .checks import check_quantize_operand
+from .checks import check_encode_blocks, check_quantize_operand
 from .formats import FP8Format, resolve
 from .modes import SEED
+from .operators import blocks_of
 from .philox import random_bits as bits_of
 from .scales import as_power_of_two, as_scale, block_level
 
@@ -50,9 +51,7 @@ def quantize_operand(
     view, dims = blocked(x.detach(), block)
     if random_bits is not None and random_bits.dtype != SEED:
         random_bits, _ = blocked(random_bits, block)
-    largest = torch.ops.altgrad.amax(view, dims)
-    if headroom != 1:
-        largest = largest * headroom
+    largest = _largest(view, dims, headroom)
     divisor, multiplier = scales(largest, tensor_scale, f, power_of_two, scale_format, with_tensor_scale)
     modes = (saturation, rounding) if random_bits is None else (saturation,)
     tensors = (view, divisor) if random_bits is None else (view, divisor, random_bits)
@@ -67,6 +66,72 @@ def quantize_operand(
 
 def quantize_blocks(*args: Any, **random_bits: Any) -> Tensor:
     return quantize_operand(*args, **random_bits | {"with_tensor_scale": True})
+
+
+def encode_blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    random_bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Packed codes, and a scale for each block: a code of E8M0 or of scale_format, or itself."""
+    options = block, power_of_two, scale_format, headroom
+    f = check_encode_blocks(x, tensor_scale, format, saturation, rounding, *options, random_bits=random_bits)
+    codes, multiplier = _encoded(x.detach(), tensor_scale, f, saturation, rounding, *options, random_bits)
+    of_scales = "E8M0" if power_of_two is not None else scale_format
+    if of_scales is not None:
+        one = torch.ones((), dtype=multiplier.dtype, device=multiplier.device)
+        multiplier = torch.ops.altgrad.encode(multiplier, one, of_scales)
+    return (codes.contiguous() if f.bits == 8 else torch.ops.altgrad.pack(codes, f.bits)), multiplier.contiguous()
+
+
+def _encoded(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    f: FP8Format,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None,
+    scale_format: str | None,
+    headroom: float,
+    random_bits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A code for each element, and what values are multiplied by for each block, but for tensor_scale."""
+    options = block, power_of_two, scale_format, headroom
+    for dim, size in enumerate(x.shape):
+        if missing := _missing(size, block[dim]):
+            if random_bits is not None and random_bits.dtype == SEED:
+                random_bits = bits_of(random_bits, x.shape)
+            ends = size - block[dim] + missing, block[dim] - missing
+            xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
+            parts = [
+                _encoded(part, tensor_scale, f, saturation, rounding, *options, b)
+                for part, b in zip(xs, bits, strict=True)
+            ]
+            return torch.cat([codes for codes, _ in parts], dim), torch.cat([scale for _, scale in parts], dim)
+    view, dims = blocked(x, block)
+    if random_bits is not None and random_bits.dtype != SEED:
+        random_bits, _ = blocked(random_bits, block)
+    divisor, multiplier = scales(_largest(view, dims, headroom), tensor_scale, f, power_of_two, scale_format, False)
+    if random_bits is None:
+        codes = torch.ops.altgrad.encode(view, divisor, f.name, saturation, rounding)
+    else:
+        codes = torch.ops.altgrad.encode_stochastic(view, divisor, random_bits, f.name, saturation)
+    numbers = blocks_of(x, block)
+    is_empty = any(type(n) is int and n == 0 for n in numbers)  # then there is a group of nothing
+    return unblocked(codes, x, block), multiplier.new_empty(numbers) if is_empty else multiplier.reshape(numbers)
+
+
+def _largest(view: Tensor, dims: list[int], headroom: float) -> Tensor:
+    largest = torch.ops.altgrad.amax(view, dims)
+    return largest if headroom == 1 else largest * headroom
 
 
 def scales(

@@ -123,6 +123,16 @@ def check_quantize_operand(
     return resolve(format)
 
 
+def check_encode_blocks(x: Tensor, *args: Any, **random_bits: Any) -> FP8Format:
+    """Checks the arguments of encode_blocks; returns the format."""
+    f = check_quantize_operand(x, *args, **random_bits)
+    if f.bits > 8:
+        raise ValueError(f"format must have codes of at most 8 bits to be packed, got {f.name} of {f.bits}")
+    if x.ndim == 0:
+        raise ValueError("x must have a dimension, along which codes are packed, got a 0-d tensor")
+    return f
+
+
 def _check_random_bits(random_bits: Tensor, x: Tensor) -> None:
     if random_bits.dtype not in RANDOM_BITS:
         raise TypeError(f"random_bits must have a dtype of {_names(RANDOM_BITS)}, got {random_bits.dtype}")

@@ -24,6 +24,7 @@ from .checks import (
     check_decode,
     check_dequantize,
     check_encode,
+    check_encode_blocks,
     check_matmul,
     check_pack,
     check_project,
@@ -31,12 +32,12 @@ from .checks import (
     check_quantize_operand,
     check_unpack,
 )
-from .formats import resolve
+from .formats import FP8Format, resolve
 from .layout import laid_out_as, strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
-from .tiles import Strips, fits_blocks, scaling_of, strips_of
+from .tiles import Scaling, Strips, fits_blocks, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
@@ -303,7 +304,7 @@ def matmul(
     return out
 
 
-_blocks = struct.Struct("5P9q7f5i").pack  # struct blocks
+_blocks = struct.Struct("6P9q7f6i").pack  # struct blocks
 
 
 def quantize_operand(
@@ -328,18 +329,66 @@ def quantize_operand(
     if strips is None or x.dtype == torch.float64 or not fits_blocks(f, g):
         modes = saturation, rounding, *options, with_tensor_scale
         return out.copy_(blocks.quantize_operand(x, tensor_scale, format, *modes))
-    random, random_dtype = _random_of(random_bits, out, strips)
-    x = laid_out_as(out, x)
-    plan = _plan("quantize", x.dtype, torch.float32, out.dtype, format, saturation, rounding, random_dtype)
-    level = None if g is None else _plan("quantize", torch.float32, torch.float32, torch.float32, g.name)
     scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
+    _run_blocks(strips, scaling, f, g, out, laid_out_as(out, x), tensor_scale, random_bits, saturation, rounding)
+    return out
+
+
+def encode_blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    random_bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    args = x, tensor_scale, format, saturation, rounding, block, power_of_two, scale_format, headroom
+    f = check_encode_blocks(*args, random_bits=random_bits)
+    g = None if scale_format is None else resolve(scale_format)
+    x = x.contiguous()
+    strips = strips_of(x.shape, x.stride(), tuple(block))
+    is_served = strips is not None and x.dtype != torch.float64 and x.numel() > 0 and fits_blocks(f, g)
+    if strips is None or not is_served or (g is not None and g.bits > 8):
+        return blocks.encode_blocks(*args, random_bits)
+    out, scales = OPERATORS["encode_blocks"].output(*args)
+    packs = f.bits < 8 and x.shape[-1] * f.bits % 8 == 0 and strips.begins_with_bytes(f.bits)
+    codes = out if packs or f.bits == 8 else torch.empty_like(x, dtype=torch.uint8)
+    scaling = scaling_of(f, power_of_two, headroom, False)
+    _run_blocks(strips, scaling, f, g, codes, x, tensor_scale, random_bits, saturation, rounding, scales, packs)
+    return (out if codes is out else pack(codes, f.bits)), scales
+
+
+def _run_blocks(
+    strips: Strips,
+    scaling: Scaling,
+    f: FP8Format,
+    g: FP8Format | None,
+    out: Tensor,
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    random_bits: Tensor | None,
+    saturation: str,
+    rounding: str,
+    scales: Tensor | None = None,
+    packs: bool = False,
+) -> None:
+    """The kernel of csrc/blocks.h, which encodes where there are scales to be stored; x lies as values or codes do."""
+    random, random_dtype = _random_of(random_bits, x, strips)
+    operation = "quantize" if scales is None else "encode"
+    plan = _plan(operation, x.dtype, torch.float32, out.dtype, f.name, saturation, rounding, random_dtype)
+    level = None if g is None else _plan("quantize", torch.float32, torch.float32, torch.float32, g.name)
     smallest = 2.0**-126 if g is None else g.smallest_normal or g.smallest_subnormal
     above = 1.0 if tensor_scale is None else tensor_scale.item()
-    numbers = headroom, f.max_representable_value, scaling.most, smallest, scaling.factor, scaling.second_factor, above
-    how = with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent
-    addresses = _address(plan), 0 if level is None else _address(level), out.data_ptr(), x.data_ptr(), random.data_ptr()
-    _native.altgrad_blocks(_blocks(*addresses, *strips.integers, *numbers, *how), strips.number)
-    return out
+    top = f.max_representable_value
+    numbers = scaling.headroom, top, scaling.most, smallest, scaling.factor, scaling.second_factor, above
+    how = scaling.with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent, packs
+    plans = _address(plan), 0 if level is None else _address(level)
+    data = out.data_ptr(), 0 if scales is None else scales.data_ptr(), x.data_ptr(), random.data_ptr()
+    _native.altgrad_blocks(_blocks(*plans, *data, *strips.integers, *numbers, *how), strips.number)
 
 
 def _random_of(random_bits: Tensor | None, out: Tensor, strips: Strips) -> tuple[Tensor, torch.dtype]:
@@ -367,6 +416,7 @@ KERNELS = with_twins(
         "dequantize": dequantize,
         "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
         "quantize_operand": quantize_operand,
+        "encode_blocks": encode_blocks,
         "amax": amax,
         "pack": pack,
         "unpack": unpack,

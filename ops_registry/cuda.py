@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, products
+from . import aten, blocks, products
 from .arithmetic import code_dtype
 from .checks import (
     check_as_scale,
     check_decode,
     check_encode,
+    check_encode_blocks,
     check_matmul,
     check_pack,
     check_project,
@@ -289,6 +290,40 @@ def quantize_operand(
     )
 
 
+def encode_blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    random_bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    args = x, tensor_scale, format, saturation, rounding, block, power_of_two, scale_format, headroom
+    f = check_encode_blocks(*args, random_bits=random_bits)
+    g = None if scale_format is None else resolve(scale_format)
+    is_counted = random_bits is not None and random_bits.dtype == SEED
+    x = x.contiguous()
+    tiling = tiling_of(x.shape, x.stride(), tuple(block), is_counted)
+    module = kernels("cuda_blocks")
+    is_served = x.dtype != torch.float64 and x.numel() > 0 and fits_blocks(f, g) and (g is None or g.bits <= 8)
+    if module is None or tiling is None or not is_served:
+        return blocks.encode_blocks(*args, random_bits)
+    out, scales = OPERATORS["encode_blocks"].output(*args)
+    packs = f.bits < 8 and x.shape[-1] % 8 == 0 and tiling.has_eights
+    codes = out if packs or f.bits == 8 else torch.empty_like(x, dtype=torch.uint8)
+    if tensor_scale is not None and tensor_scale.get_device() != x.get_device():
+        tensor_scale = torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=x.device)
+    random_bits = random_bits if is_counted or random_bits is None else random_bits.contiguous()
+    constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, False), packs
+    tensors = [x, *(x if t is None else t for t in (tensor_scale, random_bits)), scales, codes]  # x is not looked at
+    start(Launch(module.encode_blocks_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options))
+    return (out if codes is out else pack(codes, f.bits)), scales
+
+
 DESCRIPTIONS = with_twins(
     {
         "quantize": quantize,
@@ -300,7 +335,7 @@ DESCRIPTIONS = with_twins(
         "quantize_operand": quantize_operand,
     }
 )
-KERNELS = {"pack": pack, "unpack": unpack, "matmul": matmul} | {
+KERNELS = with_twins({"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul}) | {
     name: served(name, describe) for name, describe in DESCRIPTIONS.items()
 }
 

@@ -1,4 +1,4 @@
-"""quantize_blocks and quantize_operand in Triton: one pass over x, in which a program finds scales and applies them.
+"""The operators of blocks in Triton: one pass over x, in which a program finds scales and applies them.
 
 Steps: the largest magnitude, its scale, then those of cuda_kernels.py: divide, round, saturate, multiply. x is a matrix
 in memory, or a stack of them, with blocks of ``height`` times ``width``. A program takes ``high`` times ``wide`` blocks
@@ -8,7 +8,7 @@ as a tensor of four dimensions, [high, height, wide, width], so that what is of 
 import triton
 import triton.language as tl
 
-from .cuda_kernels import project, quotient, with_sign_of
+from .cuda_kernels import pack, pack_in_float64, project, quotient, with_sign_of
 
 _INTEGERS = ["rows", "columns", "tiles_down", "tiles_across", "step_out", "step_down", "step_across"]
 
@@ -128,14 +128,9 @@ def span(first, count: tl.constexpr, room: tl.constexpr, size: tl.constexpr, n, 
     return at, (at < n) & (place < size)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
-def quantize_operand_kernel(
-    x_ptr, tensor_scale_ptr, random_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
-    tiles_across: tl.int64, step_out: tl.int64, step_down: tl.int64, step_across: tl.int64, tile: tl.constexpr,
-    format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
-    scaling: tl.constexpr,
-):  # fmt: skip
-    """One tile of blocks a program; the steps are those of the row-major index of x, which random numbers go by."""
+@triton.jit
+def tile_of(rows, columns, tiles_down, tiles_across, tile: tl.constexpr):
+    """(matrix, rows and columns of a matrix, the tile's place down and across), of 64 bits only where needed."""
     index: tl.constexpr = tl.int64 if tile.is_wide else tl.int32
     program = tl.program_id(0).to(index)
     rows, columns = rows.to(index), columns.to(index)
@@ -143,7 +138,17 @@ def quantize_operand_kernel(
         columns = tl.multiple_of(columns, 16)
     across = program % tiles_across.to(index)
     program = program // tiles_across.to(index)
-    down, matrix = program % tiles_down.to(index), program // tiles_down.to(index)
+    return program // tiles_down.to(index), rows, columns, program % tiles_down.to(index), across
+
+
+@triton.jit
+def project_tile(
+    x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
+    tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
+    rounding: tl.constexpr, scaling: tl.constexpr,
+):  # fmt: skip
+    """(magnitudes of values, numbers with their signs, multipliers, offsets) of a tile of blocks."""
+    index: tl.constexpr = tl.int64 if tile.is_wide else tl.int32
     row, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
     column, column_exists = span(across * tile.wide, tile.wide, tile.width_room, tile.width, columns, 1)
     i = (matrix * rows + row) * columns + column
@@ -177,6 +182,89 @@ def quantize_operand_kernel(
     overflows: tl.constexpr = saturation == "none" and format.has_nan
     limit: tl.constexpr = format.overflow_value if overflows else max_value
     a, is_infinite, q = quotient_of(x, divisor, limit, format, rounding, scaling.is_power)
-    r = project(a, is_infinite, q < 0, random, format, saturation, rounding)
+    return project(a, is_infinite, q < 0, random, format, saturation, rounding), q, multiplier, i
+
+
+@triton.jit
+def store_tile(y, out_ptr, i, rows, columns, down, across, tile: tl.constexpr):
+    if tile.is_full:
+        tl.store(out_ptr + i, y)
+    else:
+        _, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
+        _, column_exists = span(across * tile.wide, tile.wide, tile.width_room, tile.width, columns, 1)
+        tl.store(out_ptr + i, y, row_exists & column_exists)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def quantize_operand_kernel(
+    x_ptr, tensor_scale_ptr, random_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
+    tiles_across: tl.int64, step_out: tl.int64, step_down: tl.int64, step_across: tl.int64, tile: tl.constexpr,
+    format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+    scaling: tl.constexpr,
+):  # fmt: skip
+    """One tile of blocks a program; the steps are those of the row-major index of x, which random numbers go by."""
+    matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
+    r, q, multiplier, i = project_tile(
+        x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
+        tile, format, scale_format, saturation, rounding, scaling,
+    )  # fmt: skip
     y = (with_sign_of(r, q, format) * multiplier).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + i, y, mask)
+    store_tile(y, out_ptr, i, rows, columns, down, across, tile)
+
+
+@triton.jit
+def store_packed(codes, out_ptr, matrix, rows, columns, down, across, tile: tl.constexpr, bits: tl.constexpr):
+    """The bytes of a tile's codes, 8 of which make a word."""
+    eights: tl.constexpr = tile.width_room // 8
+    word: tl.constexpr = tl.int32 if bits <= 4 else tl.int64
+    row, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
+    eight, exists = span(across * tile.wide, tile.wide, eights, tile.width // 8, columns // 8, 1)
+    first = ((matrix * rows + row) * (columns // 8) + eight) * bits
+    codes = codes.to(word).reshape(tile.high, tile.height_room, tile.wide, eights, 8)
+    # The bits of a word are those of one code each, so that the sum has no carries.
+    words = tl.sum(codes << tl.arange(0, 8)[None, None, None, None] * bits, axis=4)
+    j = tl.arange(0, triton.next_power_of_2(bits))[None, None, None, None]
+    out = ((tl.expand_dims(words, 4) >> j * 8) & 255).to(tl.uint8)
+    exists = tl.expand_dims(row_exists & exists, 4) & (j < bits)
+    tl.store(out_ptr + tl.expand_dims(first, 4) + j, out, exists)
+
+
+@triton.jit
+def store_scales(multiplier, scales_ptr, matrix, rows, columns, down, across, tile: tl.constexpr,
+                 scale_format: tl.constexpr, is_power: tl.constexpr):  # fmt: skip
+    """One scale a block, as a code of its format."""
+    blocks_down, blocks_across = tl.cdiv(rows, tile.height), tl.cdiv(columns, tile.width)
+    row, row_exists = span(down * tile.high, tile.high, 1, 1, blocks_down, 0)
+    column, column_exists = span(across * tile.wide, tile.wide, 1, 1, blocks_across, 1)
+    if scale_format is not None:
+        if scale_format.is_signed:
+            scales = pack(multiplier, multiplier, scale_format)
+        else:
+            scales = pack_in_float64(multiplier, multiplier, scale_format)
+    elif is_power:
+        scales = multiplier.to(tl.int32, bitcast=True) >> 23  # 0 of 2^-127, 255 of NaN
+    else:
+        scales = multiplier
+    at = (matrix * blocks_down + row) * blocks_across + column
+    tl.store(scales_ptr + at, scales.to(scales_ptr.dtype.element_ty), row_exists & column_exists)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def encode_blocks_kernel(
+    x_ptr, tensor_scale_ptr, random_ptr, scales_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
+    tiles_across: tl.int64, step_out: tl.int64, step_down: tl.int64, step_across: tl.int64, tile: tl.constexpr,
+    format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+    scaling: tl.constexpr, packs: tl.constexpr,
+):  # fmt: skip
+    """:func:`quantize_operand_kernel` for codes, packed where packs, and a scale a block."""
+    matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
+    r, q, multiplier, i = project_tile(
+        x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
+        tile, format, scale_format, saturation, rounding, scaling,
+    )  # fmt: skip
+    store_scales(multiplier, scales_ptr, matrix, rows, columns, down, across, tile, scale_format, scaling.is_power)
+    codes = pack(r, q, format)
+    if packs:
+        store_packed(codes, out_ptr, matrix, rows, columns, down, across, tile, format.bits)
+    else:
+        store_tile(codes.to(tl.uint8), out_ptr, i, rows, columns, down, across, tile)

@@ -18,6 +18,7 @@ from .checks import (
     check_decode,
     check_dequantize,
     check_encode,
+    check_encode_blocks,
     check_matmul,
     check_pack,
     check_project,
@@ -39,9 +40,11 @@ _IN_BLOCKS_STOCHASTIC = (
     f"(Tensor x, Tensor? tensor_scale, Tensor random_bits, str format, str saturation, {_BLOCKS}) -> Tensor"
 )
 
+_TWO = "-> (Tensor, Tensor)"
+
 
 class Operator(NamedTuple):
-    """A row: the schema behind the name, a check that raises, and the output without its values.
+    """A row: the schema behind the name, a check that raises, and the output, or outputs, without values.
 
     Pointwise operators take an element of each tensor, the second broadcasting to the first: they batch and shard by
     one rule each.
@@ -49,7 +52,7 @@ class Operator(NamedTuple):
 
     schema: str
     check: Callable[..., Any]
-    output: Callable[..., Tensor]
+    output: Callable[..., Any]
     is_pointwise: bool = True
     is_laid_out_like_x: bool = True
     is_opaque: bool = False  # a node of its own in compiled code too
@@ -98,6 +101,29 @@ def _in_dtype(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, dtype=next((a for a in args if isinstance(a, torch.dtype)), None))
 
 
+def blocks_of(x: Tensor, block: list[int]) -> list[int]:
+    """How many blocks there are along each dimension."""
+    return [1 if b == -1 else -(-size // b) for size, b in zip(x.shape, block, strict=True)]
+
+
+def _blocks(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    *args: Any,
+    **random_bits: Any,
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty([*x.shape[:-1], (x.shape[-1] * resolve(format).bits + 7) // 8], dtype=torch.uint8)
+    of_scales = "E8M0" if power_of_two is not None else scale_format
+    dtype = compute_dtype(x.dtype) if of_scales is None else code_dtype(resolve(of_scales))
+    return codes, x.new_empty(blocks_of(x, block), dtype=dtype)
+
+
 def _reduced(x: Tensor, dims: list[int]) -> Tensor:
     sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
     return x.new_empty(sizes, dtype=compute_dtype(x.dtype))
@@ -141,6 +167,20 @@ OPERATORS = {
         _in_dtype,
         is_pointwise=False,
     ),
+    "encode_blocks": Operator(
+        _IN_BLOCKS.replace("-> Tensor", _TWO),
+        check_encode_blocks,
+        _blocks,
+        is_pointwise=False,
+        is_laid_out_like_x=False,
+    ),
+    "encode_blocks_stochastic": Operator(
+        _IN_BLOCKS_STOCHASTIC.replace("-> Tensor", _TWO),
+        stochastic(check_encode_blocks),
+        stochastic(_blocks),
+        is_pointwise=False,
+        is_laid_out_like_x=False,
+    ),
     "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),
     "as_scale": Operator("(Tensor amax, float max_value) -> Tensor", check_as_scale, _like_x, is_pointwise=False),
     "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, False, False),
@@ -155,7 +195,7 @@ OPERATORS = {
     ),
 }
 
-IN_BLOCKS = [name for name in OPERATORS if name.startswith(("quantize_blocks", "quantize_operand"))]
+IN_BLOCKS = [name for name in OPERATORS if name.startswith(("quantize_blocks", "quantize_operand", "encode_blocks"))]
 
 # The registrations live as long as this object.
 library = torch.library.Library("altgrad", "FRAGMENT")

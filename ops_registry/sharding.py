@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .formats import resolve
 from .operators import IN_BLOCKS, OPERATORS
 from .philox import random_words
 
@@ -25,7 +26,9 @@ def register() -> None:
     rules: dict[str, Callable[..., Any]] = {
         name: _rule(operator.tensors) for name, operator in OPERATORS.items() if operator.is_pointwise
     }
-    rules |= dict.fromkeys(IN_BLOCKS, _placements_of_blocks)
+    rules |= dict.fromkeys(IN_BLOCKS, _placements_of_blocks) | {
+        name: _placements_of_stored_blocks for name in IN_BLOCKS if name.startswith("encode_blocks")
+    }
     rules |= {
         "amax": _placements_of_amax,
         "as_scale": _placements_of_elements,
@@ -88,6 +91,16 @@ def _placements_of_elements(x: Any, *others: Any) -> list[tuple[list[Any], list[
 
     splits = [p for p in x.placements if hasattr(p, "dim")]
     return [([p], [p, *[None] * len(others)]) for p in (Replicate(), *splits)]
+
+
+def _placements_of_stored_blocks(x: Any, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Codes and scales as x, which is not split where codes of two parts would share a byte."""
+    bits = resolve(next(argument for argument in args if isinstance(argument, str))).bits
+
+    def is_apart(p: Any) -> bool:
+        return p.is_replicate() or p.dim != x.ndim - 1 or x.shape[p.dim] * bits % (8 * x.mesh.size()) == 0
+
+    return [(outputs * 2, inputs) for outputs, inputs in _placements_of_blocks(x, *args) if is_apart(outputs[0])]
 
 
 def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:

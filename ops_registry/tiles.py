@@ -75,6 +75,11 @@ class Tiling(NamedTuple):
     tile: Tile
     options: dict[str, Any]
 
+    @property
+    def has_eights(self) -> bool:
+        """Whether rows of blocks are of groups of 8 elements."""
+        return self.tile.width % 8 == 0 and self.integers[1] % 8 == 0
+
 
 def matrices_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Matrices | None:
     """Dense strides in memory order, dimensions joined where blocks allow it; None where three are not enough."""
@@ -131,6 +136,11 @@ class Strips(NamedTuple):
     number: int
     integers: Size
     counts_columns: bool
+
+    def begins_with_bytes(self, bits: int) -> bool:
+        """Whether every row of a strip begins with a byte of codes that are packed in their order in memory."""
+        _, columns, _, _, span, *_ = self.integers
+        return columns * bits % 8 == 0 and (span >= columns or span * bits % 8 == 0)
 
 
 @lru_cache(maxsize=4096)

@@ -38,22 +38,31 @@ def _batched(name: str, tensors: int) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-def _in_blocks(name: str) -> Callable[..., tuple[Tensor, int]]:
+def _in_blocks(name: str) -> Callable[..., tuple[Any, Any]]:
     op = getattr(torch.ops.altgrad, name).default
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, tensor_scale: Tensor | None, *args: Any
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Any, Any]:
         x, (first, *modes), block, others = _stack(info, x, in_dims[0]), args[:3], args[3], args[4:]
         if isinstance(first, Tensor):
             first = _stack_bits(info, first, in_dims[2], x)
+        if name.startswith("encode") and x.ndim == 1:
+            raise ValueError("x must have a dimension, along which codes are packed, got a 0-d tensor")
         if tensor_scale is None or in_dims[1] is None:
-            return op(x, tensor_scale, first, *modes, [1, *block], *others), 0
+            return _leading(op(x, tensor_scale, first, *modes, [1, *block], *others))
         firsts = first.unbind() if isinstance(first, Tensor) else [first] * info.batch_size
         examples = zip(x.unbind(), tensor_scale.unbind(in_dims[1]), firsts, strict=True)
-        return torch.stack([op(x, s, first, *modes, block, *others) for x, s, first in examples]), 0
+        results = [op(x, s, first, *modes, block, *others) for x, s, first in examples]
+        is_one = isinstance(results[0], Tensor)
+        return _leading(torch.stack(results) if is_one else tuple(map(torch.stack, zip(*results, strict=True))))
 
     return rule
+
+
+def _leading(outputs: Any) -> tuple[Any, Any]:
+    """An output, or several, with the batch dimension in front."""
+    return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
 
 def _amax(info: Any, in_dims: tuple[int, None], x: Tensor, dims: list[int]) -> tuple[Tensor, int]:

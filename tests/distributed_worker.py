@@ -26,13 +26,18 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from altgrad.quantization import (
+    MXFP4,
+    MXFP6_E2M3,
+    NVFP4,
     AmaxHistory,
     PerAxis,
     PerBlock,
     PerTensor,
     bit_stall,
     compute_scale,
+    decode_blocks,
     dequantize,
+    encode_blocks,
     quantization_stats,
     quantize,
     quantize_blocks,
@@ -226,6 +231,26 @@ def scales_of_every_granularity_and_rule(size):
                 got = full(f(part, **options))
                 if not torch.equal(got, want):
                     raise AssertionError(f"{f} by {options} of {part.placements}: got {got}, want {want}")
+
+
+@case
+def stored_blocks(size):
+    """Codes and scales lie where x does, which is gathered where parts would share a block or a byte."""
+    wide, mesh = randn(8, 48) * 7, meshes(size)[0]
+    of_threes = MXFP4 | {"granularity": PerBlock(3)}
+    for options in (MXFP4, NVFP4, MXFP6_E2M3 | {"granularity": PerBlock({0: 4})}, of_threes):
+        x = wide[:, : 3 * size] if options is of_threes else wide
+        bits = random_bits(x.shape)
+        for placement in PLACEMENTS:
+            part = distribute_tensor(x, mesh, [placement])
+            for modes in ({}, {"rounding": "stochastic", "random_bits": bits}):
+                of_part = modes | ({"random_bits": distribute_tensor(bits, mesh, [placement])} if modes else {})
+                got, want = encode_blocks(part, **options, **of_part), encode_blocks(x, **options, **modes)
+                if placement == Shard(0) and options is MXFP4:
+                    assert got.codes.placements == got.scales.placements == (placement,)
+                for field, wanted in zip(got[:3], want[:3]):
+                    assert wanted is None or torch.equal(full(field), wanted), (options, placement)
+                assert_same_bits(full(decode_blocks(got)), decode_blocks(want))
 
 
 @case

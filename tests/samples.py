@@ -58,6 +58,14 @@ SAMPLES = {
     ),
     "quantize_operand_stochastic": lambda x, scale: (x, None, random_bits(x), "E5M2", "finite", [2] * x.ndim),
     "as_scale": lambda x, scale: (x if x.dtype == torch.float64 else x.float(), 448.0),
+    "encode_blocks": lambda x, scale: (
+        *(x if x.ndim else x.unsqueeze(0), tensor_scale(x), "E2M1", "propagate", "nearest_ties_to_even"),
+        *([*[1] * (x.ndim - 1), 3], None, "E4M3"),
+    ),
+    "encode_blocks_stochastic": lambda x, scale: (
+        *(x if x.ndim else x.unsqueeze(0), None, random_bits(x if x.ndim else x.unsqueeze(0)), "E3M2", "finite"),
+        *([2] * max(x.ndim, 1), "rceil"),
+    ),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),
     "matmul": lambda x, scale: (matrix(x), matrix(x).mT, "g4f9e6m7np8"),

@@ -331,11 +331,12 @@ def check_layout(x, scale, random_bits, device):
         arguments = list(SAMPLES[name](x, scale))
         if OPERATORS[name].tensors == 3:
             arguments[2] = random_bits
-        got = kernel(*(_move(t, device) if isinstance(t, torch.Tensor) else t for t in arguments))
-        want = aten.KERNELS[name](*arguments)
-        strides = [[stride for stride, n in zip(t.stride(), t.shape) if n != 1] for t in (got, want)]
-        assert strides[0] == strides[1]
-        assert_same_bits(got, want)
+        outputs = kernel(*(_move(t, device) if isinstance(t, torch.Tensor) else t for t in arguments))
+        wanted = aten.KERNELS[name](*arguments)
+        for got, want in zip(*[t if isinstance(t, tuple) else (t,) for t in (outputs, wanted)], strict=True):
+            strides = [[stride for stride, n in zip(t.stride(), t.shape) if n != 1] for t in (got, want)]
+            assert strides[0] == strides[1]
+            assert_same_bits(got, want)
 
 
 def _move(tensor, device):

@@ -9,8 +9,8 @@ from ops_registry.arithmetic import compute_dtype
 
 from .formats import E8M0, FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor
-from .ops import decode, encode, pack, unpack
-from .scaling import ScaleOptions, compute_scale, levels_of
+from .ops import decode, drawn_bits, encode, pack, unpack
+from .scaling import ScaleOptions, compute_scale, in_one_pass, levels_of, scaler
 from .two_levels import multiplied
 
 
@@ -95,9 +95,22 @@ def encode_blocks(
     f = resolve(format)
     if f.bits > 8:
         raise ValueError(f"format must have codes of at most 8 bits to be packed, got {f.name} of {f.bits}")
+    scaler(x, f, **options)  # checks them
+    bits = drawn_bits(x, rounding, random_bits, generator)
+    if (operands := in_one_pass(x, f, granularity, options)) is not None:
+        tensor_scale, *others = operands
+        if bits is None:
+            codes, scale = torch.ops.altgrad.encode_blocks(x, tensor_scale, f.name, saturation, rounding, *others)
+        else:
+            codes, scale = torch.ops.altgrad.encode_blocks_stochastic(
+                x, tensor_scale, bits, f.name, saturation, *others
+            )
+        _, rule, scale_format, _ = others
+        scale_format = E8M0.name if rule is not None else scale_format
+        return Blocks(codes, scale, tensor_scale, f.name, scale_format, granularity, x.shape[-1], x.dtype)
     scale = compute_scale(x, f, granularity=granularity, compact=True, **options)
     modes: dict[str, Any] = {"saturation": saturation, "rounding": rounding}
-    modes |= {"random_bits": random_bits, "generator": generator}
+    modes |= {"random_bits": bits}
     if options.get("arithmetic") == "transformer_engine":
         codes = encode(granularity.apply(lambda blocks, dims, scale: multiplied(blocks, scale), x, scale), f, **modes)
     else:

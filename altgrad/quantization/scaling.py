@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -149,14 +149,8 @@ def quantize_blocks(
     """
     scale_of = scaler(x, format, **options)
     bits = drawn_bits(x, rounding, random_bits, generator)
-    levels = levels_of(resolve(format), options)
-    headroom = options.get("headroom", 1.0)
-    is_plain = levels is None or levels == Levels(*levels[:2], headroom=headroom)
-    if options.get("method", "amax") == "amax" and is_plain and not isinstance(granularity, PerTensor):
-        tensor_scale, scale_format = None, None
-        if levels is not None:
-            tensor_scale, scale_format = levels.tensor_scale(x), levels.scale_format.name
-        others = granularity.block(x), options.get("power_of_two"), scale_format, headroom
+    if (operands := in_one_pass(x, format, granularity, options)) is not None:
+        tensor_scale, *others = operands
         if bits is None:
             return _quantize_blocks(x, tensor_scale, format_name(format), saturation, rounding, *others)
         return _quantize_blocks_stochastic(x, tensor_scale, bits, format_name(format), saturation, *others)
@@ -173,6 +167,20 @@ def quantize_blocks(
         return quantize(blocks, format, scale, saturation=saturation, rounding=rounding, random_bits=bits)
 
     return granularity.apply(quantized, x)
+
+
+def in_one_pass(
+    x: Tensor, format: FP8Format | str, granularity: PerTensor | PerAxis | PerBlock, options: ScaleOptions
+) -> tuple[Any, ...] | None:
+    """What the operators of blocks take: the scale of the tensor, block, rule, scale format, headroom; None: cannot."""
+    levels, headroom = levels_of(resolve(format), options), options.get("headroom", 1.0)
+    is_plain = levels is None or levels == Levels(*levels[:2], headroom=headroom)
+    if options.get("method", "amax") != "amax" or not is_plain or isinstance(granularity, PerTensor):
+        return None
+    tensor_scale, scale_format = None, None
+    if levels is not None:
+        tensor_scale, scale_format = levels.tensor_scale(x), levels.scale_format.name
+    return tensor_scale, granularity.block(x), options.get("power_of_two"), scale_format, headroom
 
 
 def scaler(

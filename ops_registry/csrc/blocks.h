@@ -1,5 +1,5 @@
-/* quantize_operand in float32: strips of blocks, whose elements are read to find the scales and, out of the cache, read
- * again to be divided. The numbers of scales.py and tiles.py.
+/* quantize_operand and encode_blocks in float32: strips of blocks, whose elements are read to find the scales and, out
+ * of the cache, read again to be divided. The numbers of scales.py and tiles.py.
  */
 
 /* What a strip needs in the first-level cache; ones are scales of 1. */
@@ -7,6 +7,7 @@ struct room {
     _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK];
     float amax[CHUNK], divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
     uint32_t most[CHUNK], random[PHILOX_ROOM];
+    uint8_t codes[CHUNK];
 };
 
 /* n scales from the largest magnitudes: what is divided by, and what values are multiplied by. */
@@ -49,6 +50,33 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
     }
 }
 
+/* What values of n blocks are multiplied by, as scale number at and those behind it. */
+static void store_scales(const struct blocks *b, const struct room *r, int64_t at, int64_t n) {
+    uint8_t *codes = (uint8_t *)b->scales + at;
+    if (b->level != NULL) {
+        const struct format32 f = prepare32(b->level);
+        encode32(r->multiplier, r->ones, 1, NULL, codes, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, &f);
+    } else if (b->is_power) {
+        for (int64_t i = 0; i < n; i++) {
+            codes[i] = (uint8_t)(bits32(r->multiplier[i]) >> FRACTION_BITS); /* 0 of 2^-127, 255 of NaN */
+        }
+    } else {
+        memcpy((float *)(void *)b->scales + at, r->multiplier, (size_t)n * sizeof *r->multiplier);
+    }
+}
+
+/* Codes of n elements of one row, from element at on, which is the first of a byte. */
+static void encode_row(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t n,
+                       const float *x, const uint32_t *random, const float *divisor) {
+    const struct plan *p = b->plan;
+    uint8_t *codes = b->packs ? r->codes : (uint8_t *)b->out + at;
+    encode32(x, divisor, 1, random, codes, n, variant_of(p), p->rounding, f);
+    if (b->packs) {
+        const struct packing row = {codes, (uint8_t *)b->out + at * p->code_bits / 8, n, p->code_bits, 0};
+        pack_range(&row, 0, (n + 7) / 8);
+    }
+}
+
 /* n elements of one row by scales for each of them. */
 static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
                          int64_t n, const float *divisor, const float *multiplier) {
@@ -60,6 +88,10 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         random = (const uint32_t *)(const void *)b->random + at;
     }
     const char *x = b->x + at * size_of(p->dtypes[X]);
+    if (p->operation == ENCODE) {
+        encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, divisor);
+        return;
+    }
     quantize32(p, f, x, divisor, multiplier, 1, random, b->out + at * size_of(p->out_dtype), n);
 }
 
@@ -90,9 +122,9 @@ INLINE void spread_scales(const float *restrict scales, int64_t count, int64_t w
     }
 }
 
-/* A strip: count blocks beside each other, n <= CHUNK columns in all, from element at on. */
+/* A strip: count blocks beside each other, n <= CHUNK columns in all, from element at and scale first on. */
 static void blocks_strip(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
-                         int64_t height, int64_t n) {
+                         int64_t first, int64_t height, int64_t n) {
     const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
     memset(r->most, 0, (size_t)n * sizeof *r->most);
     for (int64_t row = 0; row < height; row++) {
@@ -103,6 +135,9 @@ static void blocks_strip(const struct blocks *b, const struct format32 *f, struc
         r->amax[block] = largest_of(r->most + block * width, left < width ? left : width) * b->headroom;
     }
     scales_of(b, r, count);
+    if (b->scales != NULL) {
+        store_scales(b, r, first, count);
+    }
     if (width > 1) { /* what is behind a smaller last block has room too: whole blocks are CHUNK columns at most */
         spread_scales(r->divisor, count, width, r->divisors);
         spread_scales(r->multiplier, count, width, r->multipliers);
@@ -116,13 +151,16 @@ static void blocks_strip(const struct blocks *b, const struct format32 *f, struc
 
 /* A block of one row that is longer than CHUNK. */
 static void blocks_long(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
-                        int64_t n) {
+                        int64_t first, int64_t n) {
     memset(r->most, 0, sizeof r->most);
     for (int64_t i = 0; i < n; i += CHUNK) {
         add_magnitudes(b, r, at + i, n - i < CHUNK ? n - i : CHUNK);
     }
     r->amax[0] = largest_of(r->most, CHUNK) * b->headroom;
     scales_of(b, r, 1);
+    if (b->scales != NULL) {
+        store_scales(b, r, first, 1);
+    }
     spread_scales(r->divisor, 1, CHUNK, r->divisors);
     spread_scales(r->multiplier, 1, CHUNK, r->multipliers);
     for (int64_t i = 0; i < n; i += CHUNK) {
@@ -133,6 +171,7 @@ static void blocks_long(const struct blocks *b, const struct format32 *f, struct
 /* Strips begin to end of a struct blocks. */
 static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
     const struct format32 f = prepare32(b->plan);
+    const int64_t blocks_across = (b->columns + b->width - 1) / b->width;
     struct room room;
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;
@@ -144,10 +183,11 @@ static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
         const int64_t n = columns < b->span ? columns : b->span, height = rows < b->height ? rows : b->height;
         const int64_t at = (matrix * b->rows + row) * b->columns + column;
         const int64_t index = matrix * b->steps[0] + row * b->steps[1] + column;
+        const int64_t first = rest * blocks_across + column / b->width;
         if (n > CHUNK) {
-            blocks_long(b, &f, &room, at, index, n);
+            blocks_long(b, &f, &room, at, index, first, n);
         } else {
-            blocks_strip(b, &f, &room, at, index, height, n);
+            blocks_strip(b, &f, &room, at, index, first, height, n);
         }
     }
 }

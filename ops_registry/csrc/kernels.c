@@ -52,6 +52,7 @@ static void wide_encode(const struct plan *p, const double *values, void *codes,
 static void wide_decode(const struct plan *p, const void *codes, double *values, int64_t n);
 
 #include "loops.h"
+#include "pack.h"
 #include "blocks.h"
 #include "matmul.h"
 #undef FLOAT
@@ -78,8 +79,6 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 #include "loops.h"
 #include "matmul.h"
 #include "wide.h"
-
-#include "pack.h"
 
 #define JOIN(a, b) a##b
 #define FOR_TARGET(name, target) JOIN(name, target)

@@ -1,7 +1,7 @@
 /* Codes of 1 to 8 bits, packed and unpacked by groups: 8 codes are as many bytes as a code has bits, in one word. */
 
-#define LANES16 0x0001000100010001u
-#define LANES32 0x0000000100000001u
+#define EVERY16 0x0001000100010001u
+#define EVERY32 0x0000000100000001u
 
 /* A word has its lowest byte first in memory. */
 INLINE uint64_t little_endian(uint64_t x) {
@@ -14,8 +14,8 @@ INLINE uint64_t little_endian(uint64_t x) {
 
 /* The low bits of the 8 bytes of x side by side: in each lane of two bytes, of four, in all. */
 INLINE uint64_t joined(uint64_t x, int bits) {
-    const uint64_t first = 0xFF * LANES16, second = 0xFFFF * LANES32, third = 0xFFFFFFFF;
-    x &= (((uint64_t)1 << bits) - 1) * (LANES16 | LANES16 << 8);
+    const uint64_t first = 0xFF * EVERY16, second = 0xFFFF * EVERY32, third = 0xFFFFFFFF;
+    x &= (((uint64_t)1 << bits) - 1) * (EVERY16 | EVERY16 << 8);
     x = (x & first) | (x & ~first) >> (8 - bits);
     x = (x & second) | (x & ~second) >> (16 - 2 * bits);
     return (x & third) | (x & ~third) >> (32 - 4 * bits);
@@ -23,8 +23,8 @@ INLINE uint64_t joined(uint64_t x, int bits) {
 
 /* The inverse; what x has above its 8 * bits low ones must be 0. */
 INLINE uint64_t spread(uint64_t x, int bits) {
-    const uint64_t third = ((uint64_t)1 << 4 * bits) - 1, second = (((uint64_t)1 << 2 * bits) - 1) * LANES32;
-    const uint64_t first = (((uint64_t)1 << bits) - 1) * LANES16;
+    const uint64_t third = ((uint64_t)1 << 4 * bits) - 1, second = (((uint64_t)1 << 2 * bits) - 1) * EVERY32;
+    const uint64_t first = (((uint64_t)1 << bits) - 1) * EVERY16;
     x = (x & third) | (x & ~third) << (32 - 4 * bits);
     x = (x & second) | (x & ~second) << (16 - 2 * bits);
     return (x & first) | (x & ~first) << (8 - bits);

@@ -63,7 +63,7 @@ struct rows {
  */
 struct blocks {
     const struct plan *plan, *level; /* of the elements, and of scales in a format of their own, or NULL */
-    char *out;
+    char *out, *scales; /* scales: where one a block is stored, as a code of its format, or NULL */
     const char *x, *random;
     int64_t rows, columns, height, width, span, strips_down, strips_across;
     int64_t steps[2];                      /* of matrices and rows, in what a seed counts; that of columns is 1 */
@@ -72,6 +72,7 @@ struct blocks {
     float tensor_scale;                    /* above scales in a format */
     int32_t with_tensor_scale, is_power;   /* whether values are multiplied by it; scales are powers of two: */
     int32_t by_quotient, carry, exponent;  /* of amax or of its quotient, with what rounds up and what is taken off */
+    int32_t packs;                         /* whether codes are packed to their width */
 };
 
 /* The random words of a seed. */
