@@ -5,6 +5,11 @@ import re
 import subprocess
 import tempfile
 
+# Of several processes of tests each computes on one thread, and so do those that they start: with more threads than
+# cores, each waits spinning for the others. Tests of threads ask for them. (Before torch is imported.)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import reference

@@ -56,7 +56,10 @@ SAMPLES = {
         *(x, tensor_scale(x), "E2M1", "propagate", "nearest_ties_to_even"),
         *([*[1] * (x.ndim - 1), 3][: x.ndim], None, "E4M3", 1.0625, other_dtype(x)),
     ),
-    "quantize_operand_stochastic": lambda x, scale: (x, None, random_bits(x), "E5M2", "finite", [2] * x.ndim),
+    "quantize_operand_stochastic": lambda x, scale: (
+        *(x, None, random_bits(x), "E5M2", "finite"),
+        [*[1] * (x.ndim - 1), 2][: x.ndim],
+    ),
     "as_scale": lambda x, scale: (x if x.dtype == torch.float64 else x.float(), 448.0),
     "encode_blocks": lambda x, scale: (
         *(x if x.ndim else x.unsqueeze(0), tensor_scale(x), "E2M1", "propagate", "nearest_ties_to_even"),

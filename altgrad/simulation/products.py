@@ -216,7 +216,7 @@ def _accumulate(left: Operand, right: Operand, accumulator: str, dtype: torch.dt
     else:
         for scale in (None if right.scale is None else turned(right.scale), left.scale):
             y = y if scale is None else y * scale
-    return (y if bias is None else y + bias).to(dtype)
+    return in_dtype(y if bias is None else y + bias, dtype)
 
 
 def _multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
@@ -235,11 +235,21 @@ def _multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype,
         compute = torch.float64 if common == torch.float64 else torch.float32
         a, b = a.to(compute), b.to(compute)
         if not scales and bias is not None and b.ndim == 2:
-            return torch.addmm(bias.to(compute), a, b.mT).to(dtype)  # what a compiler makes of the product and the sum
+            # What a compiler makes of the product and the sum.
+            return in_dtype(torch.addmm(bias.to(compute), a, b.mT), dtype)
         y = a @ b.mT
     for scale in scales:
         y = y * scale
-    return (y if bias is None else y + bias).to(dtype)
+    return in_dtype(y if bias is None else y + bias, dtype)
+
+
+def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in the dtype, and where it has that no second name for y.
+
+    Dynamo returns all that a Function's forward makes. Of a tensor that is returned twice torch 2.11 sends the gradient
+    to the last, where nothing comes from: compiled, all gradients were 0.
+    """
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def turned(scale: Tensor) -> Tensor:
