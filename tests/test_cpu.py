@@ -105,6 +105,28 @@ def test_roundings(kernels, f):
                 assert_same_bits(kernels.encode(x, s, f.name, saturation, "stochastic", bits), want, x)
 
 
+@pytest.mark.parametrize("name", ["E0M7", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "E4M3FNUZ"])
+def test_bits_at_the_threshold(kernels, name):
+    """The random number that is just enough to round up, and the one below it: x + R quanta / 2^N is a value or its
+    neighbour, which a sum rounded to nearest takes for the value. Given bits hit these once in 2^N."""
+    f, one = resolve(name), torch.tensor(1.0)
+    for dtype in DTYPES:
+        x = inputs_of(f, dtype)
+        x = x[x.abs() <= f.max_representable_value]
+        below = reference_quantize(f, x, one, "propagate", "toward_zero").double().abs()
+        a = x.double().abs()
+        exponent = (torch.frexp(below).exponent - 1).clamp(min=f.min_exponent)  # that of 0 is below any
+        nu = (a - below) * 2.0 ** (f.mantissa_bits - torch.where(below == 0, f.min_exponent, exponent))
+        for bits_dtype, n in GIVEN_BITS.items():
+            enough = 2**n - (nu * 2.0**n).floor()
+            for r in (enough - 1, enough.clamp(max=2**n - 1)):
+                bits = r.to(torch.int32).to(bits_dtype)
+                want = reference_quantize(f, x, one, "propagate", "stochastic", r.int().numpy(), n)
+                assert_same_bits(kernels.quantize(x, one, name, "propagate", "stochastic", bits), want, x)
+                want = reference_encode(f, x, one, "propagate", "stochastic", r.int().numpy(), n)
+                assert_same_bits(kernels.encode(x, one, name, "propagate", "stochastic", bits), want, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e4m0b8fn", "e2m2b1fnuz"])
 def test_one_special_among_many(kernels, name, dtype):

@@ -38,10 +38,8 @@ INLINE struct pair load_beside(const void *from, enum dtype dtype, int64_t i) {
                : (struct pair){_mm512_permutex2var_ps(p.a, even, p.b), _mm512_permutex2var_ps(p.a, odd, p.b)};
 }
 
-/* to_bfloat16 in the upper half of each. */
+/* to_bfloat16 in the upper half of each. The only NaN here is 0 * infinity, which ends in zeros and so stays NaN. */
 INLINE __m512i rounded_to_bfloat16(__m512 numbers) {
-    const __m512i any_nan = _mm512_set1_epi32(0x11111100); /* 0 keeps, 1 takes the number: what is not NaN */
-    numbers = _mm512_fixupimm_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)), numbers, any_nan, 0);
     const __m512i bits = _mm512_castps_si512(numbers);
     const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
@@ -117,30 +115,41 @@ INLINE __m512 project_vector(__m512 q, __m512i random, enum variant variant, enu
     return variant == UNSIGNED_ZERO ? _mm512_add_ps(y, _mm512_setzero_ps()) : y;
 }
 
-/* The operands of quantize32 where x has the dtype of out; n >= 32. */
+/* The scales of 32 elements of the dtype: of all, of each, of half or of all of these. */
+INLINE struct pair load_scales(const float *scales, int shared, enum dtype dtype, int64_t i) {
+    if (shared == 1) {
+        return load_beside(scales, dtype, i);
+    }
+    const __m512 first = _mm512_set1_ps(scales[shared ? i / shared : 0]);
+    if (shared != 16) {
+        return (struct pair){first, first};
+    }
+    const __m512 second = _mm512_set1_ps(scales[i / 16 + 1]);
+    const __m512 halves = _mm512_mask_blend_ps(0xff00, first, second); /* of the even elements, and of the odd ones */
+    return dtype != BFLOAT16 ? (struct pair){first, second} : (struct pair){halves, halves};
+}
+
+/* The operands of quantize32 where x has the dtype of out; n >= 32, and whole pairs where more than one share a scale.
+ */
 struct vectors {
     const void *x;
     void *out;
-    const float *divisor, *multiplier; /* one for all where they do not vary */
+    const float *divisor, *multiplier;
     const uint32_t *random;
     int64_t n;
 };
 
 /* Returns the largest |q|, as quantize_each does. The last pair may begin in the one before it. */
-INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, int varies, enum variant variant,
+INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, int shared, enum variant variant,
                                  enum rounding rounding, const struct format32 *format) {
     const struct vectors v = *operands;
     const struct format32 f = *format;
     __m512i most = _mm512_setzero_si512();
-    struct pair divisor = {_mm512_set1_ps(*v.divisor), _mm512_set1_ps(*v.divisor)}, random = divisor;
-    struct pair multiplier = {_mm512_set1_ps(*v.multiplier), _mm512_set1_ps(*v.multiplier)};
+    struct pair random = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t next = 0; next < v.n; next += 32) {
         const int64_t i = next < v.n - 32 ? next : v.n - 32;
-        const struct pair x = load_pair(v.x, dtype, i);
-        if (varies) {
-            divisor = load_beside(v.divisor, dtype, i);
-            multiplier = load_beside(v.multiplier, dtype, i);
-        }
+        const struct pair x = load_pair(v.x, dtype, i), divisor = load_scales(v.divisor, shared, dtype, i);
+        const struct pair multiplier = load_scales(v.multiplier, shared, dtype, i);
         if (rounding == STOCHASTIC) {
             random = load_beside(v.random, dtype, i);
         }
@@ -152,14 +161,17 @@ INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtyp
     return (uint32_t)_mm512_reduce_max_epi32(most);
 }
 
-static uint32_t quantize_chunk512(const struct vectors *v, enum dtype dtype, int varies, enum variant variant,
+static uint32_t quantize_chunk512(const struct vectors *v, enum dtype dtype, int shared, enum variant variant,
                                   enum rounding rounding, const struct format32 *f) {
-#define EITHER(DTYPE, VARIANT, ROUNDING)                                                                               \
-    varies ? quantize_vectors(v, DTYPE, 1, VARIANT, ROUNDING, f) : quantize_vectors(v, DTYPE, 0, VARIANT, ROUNDING, f)
+#define EACH_SCALE(DTYPE, VARIANT, ROUNDING)                                                                           \
+    shared == 0    ? quantize_vectors(v, DTYPE, 0, VARIANT, ROUNDING, f)                                               \
+    : shared == 1  ? quantize_vectors(v, DTYPE, 1, VARIANT, ROUNDING, f)                                               \
+    : shared == 16 ? quantize_vectors(v, DTYPE, 16, VARIANT, ROUNDING, f)                                              \
+                   : quantize_vectors(v, DTYPE, 32, VARIANT, ROUNDING, f)
 #define EACH_DTYPE(VARIANT, ROUNDING)                                                                                  \
-    return dtype == FLOAT32   ? EITHER(FLOAT32, VARIANT, ROUNDING)                                                     \
-           : dtype == FLOAT16 ? EITHER(FLOAT16, VARIANT, ROUNDING)                                                     \
-                              : EITHER(BFLOAT16, VARIANT, ROUNDING)
+    return dtype == FLOAT32   ? EACH_SCALE(FLOAT32, VARIANT, ROUNDING)                                                 \
+           : dtype == FLOAT16 ? EACH_SCALE(FLOAT16, VARIANT, ROUNDING)                                                 \
+                              : EACH_SCALE(BFLOAT16, VARIANT, ROUNDING)
     switch (rounding) {
     case NEAREST_TIES_TO_AWAY:
         EACH_DTYPE(ADJUSTED, NEAREST_TIES_TO_AWAY);
@@ -184,7 +196,7 @@ static uint32_t quantize_chunk512(const struct vectors *v, enum dtype dtype, int
     }
     EACH_DTYPE(PLAIN, NEAREST_TIES_TO_EVEN);
 #undef EACH_DTYPE
-#undef EITHER
+#undef EACH_SCALE
 }
 
 #undef RZ

@@ -77,9 +77,15 @@ static void encode_row(const struct blocks *b, const struct format32 *f, struct 
     }
 }
 
-/* n elements of one row by scales for each of them. */
+/* As many of n elements as share a scale in quantize32, where blocks are so wide. */
+INLINE int shares(int64_t width, int64_t n) {
+    const int is_vector = VECTOR_BYTES == 64 && n % 32 == 0;
+    return is_vector && width % 32 == 0 ? 32 : is_vector && width % 16 == 0 ? 16 : 1;
+}
+
+/* n elements of one row by a scale for as many of them as share one. */
 static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
-                         int64_t n, const float *divisor, const float *multiplier) {
+                         int64_t n, const float *divisor, const float *multiplier, int shared) {
     const struct plan *p = b->plan;
     const uint32_t *random = NULL;
     if (p->rounding == STOCHASTIC && p->dtypes[RANDOM] == INT64) {
@@ -92,79 +98,150 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, divisor);
         return;
     }
-    quantize32(p, f, x, divisor, multiplier, 1, random, b->out + at * size_of(p->out_dtype), n);
+    quantize32(p, f, x, divisor, multiplier, shared, random, b->out + at * size_of(p->out_dtype), n);
 }
 
-/* The largest magnitude of each of n elements of a row and what is there, as bits: NaN lies behind infinity. */
-static void add_magnitudes(const struct blocks *b, struct room *r, int64_t at, int64_t n) {
+/* The largest magnitudes of n columns up to a row, as bits: NaN lies behind infinity. */
+static void add_magnitudes(const struct blocks *b, struct room *r, int64_t at, int64_t n, int is_first) {
     const enum dtype dtype = b->plan->dtypes[X];
     const float *x = convert32(b->x + at * size_of(dtype), dtype, n, r->x);
     uint32_t *restrict most = r->most;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; is_first && i < n; i++) {
+        most[i] = bits32(x[i]) & 0x7fffffffu;
+    }
+    for (int64_t i = 0; !is_first && i < n; i++) {
         const uint32_t a = bits32(x[i]) & 0x7fffffffu;
         most[i] = (int32_t)a > (int32_t)most[i] ? a : most[i];
     }
 }
 
-INLINE float largest_of(const uint32_t *most, int64_t n) {
+/* Of n numbers, as bits. */
+INLINE uint32_t most_of_floats(const uint32_t *numbers, int64_t n) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
-        largest = (int32_t)most[i] > (int32_t)largest ? most[i] : largest;
+        const uint32_t a = numbers[i] & 0x7fffffffu;
+        largest = (int32_t)a > (int32_t)largest ? a : largest;
     }
-    return number32(largest);
+    return largest;
 }
 
-INLINE void spread_scales(const float *restrict scales, int64_t count, int64_t width, float *restrict to) {
-    for (int64_t block = 0; block < count; block++) {
-        for (int64_t i = 0; i < width; i++) {
-            to[block * width + i] = scales[block];
-        }
+INLINE uint16_t most_of_halves(const uint16_t *numbers, int64_t n) {
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint16_t a = numbers[i] & 0x7fffu;
+        largest = (int16_t)a > (int16_t)largest ? a : largest;
+    }
+    return largest;
+}
+
+/* The widths of formats as constants: loops of a few vectors without ends. */
+#define EACH_WIDTH(CALL)                                                                                               \
+    if (width == 16) {                                                                                                 \
+        CALL(16);                                                                                                      \
+    } else if (width == 32) {                                                                                          \
+        CALL(32);                                                                                                      \
+    } else {                                                                                                           \
+        CALL(width);                                                                                                   \
+    }
+
+INLINE float most_of(const void *x, enum dtype dtype, int64_t begin, int64_t n) {
+    if (dtype == FLOAT32) {
+        return number32(most_of_floats((const uint32_t *)x + begin, n));
+    }
+    const uint16_t most = most_of_halves((const uint16_t *)x + begin, n);
+    return dtype == FLOAT16 ? from_float16(most) : number32((uint32_t)most << 16);
+}
+
+/* The largest magnitudes of blocks of width elements, the last of which may have fewer. */
+INLINE void most_of_blocks(const void *x, enum dtype dtype, int64_t n, int64_t width, float *restrict amax) {
+    const int64_t whole = n / width;
+#define MOST_OF_EACH(WIDTH)                                                                                            \
+    for (int64_t block = 0; block < whole; block++) {                                                                  \
+        amax[block] = most_of(x, dtype, block * WIDTH, WIDTH);                                                         \
+    }
+    EACH_WIDTH(MOST_OF_EACH)
+#undef MOST_OF_EACH
+    if (n > whole * width) {
+        amax[whole] = most_of(x, dtype, whole * width, n - whole * width);
     }
 }
+
+static void most_of_row(const void *x, enum dtype dtype, int64_t n, int64_t width, float *amax) {
+    if (dtype == FLOAT32) {
+        most_of_blocks(x, FLOAT32, n, width, amax);
+    } else if (dtype == FLOAT16) {
+        most_of_blocks(x, FLOAT16, n, width, amax);
+    } else {
+        most_of_blocks(x, BFLOAT16, n, width, amax);
+    }
+}
+
+/* count scales, width times each. */
+static void spread_scales(const float *restrict scales, int64_t count, int64_t width, float *restrict to) {
+#define SPREAD(WIDTH)                                                                                                  \
+    for (int64_t block = 0; block < count; block++) {                                                                  \
+        for (int64_t i = 0; i < WIDTH; i++) {                                                                          \
+            to[block * WIDTH + i] = scales[block];                                                                     \
+        }                                                                                                              \
+    }
+    EACH_WIDTH(SPREAD)
+#undef SPREAD
+}
+#undef EACH_WIDTH
 
 /* A strip: count blocks beside each other, n <= CHUNK columns in all, from element at and scale first on. */
 static void blocks_strip(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
                          int64_t first, int64_t height, int64_t n) {
     const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
-    memset(r->most, 0, (size_t)n * sizeof *r->most);
-    for (int64_t row = 0; row < height; row++) {
-        add_magnitudes(b, r, at + row * b->columns, n);
+    const enum dtype dtype = b->plan->dtypes[X];
+    if (height == 1) {
+        most_of_row(b->x + at * size_of(dtype), dtype, n, width, r->amax);
+    } else {
+        for (int64_t row = 0; row < height; row++) {
+            add_magnitudes(b, r, at + row * b->columns, n, row == 0);
+        }
+        most_of_row(r->most, FLOAT32, n, width, r->amax);
     }
     for (int64_t block = 0; block < count; block++) {
-        const int64_t left = n - block * width;
-        r->amax[block] = largest_of(r->most + block * width, left < width ? left : width) * b->headroom;
+        r->amax[block] *= b->headroom;
     }
     scales_of(b, r, count);
     if (b->scales != NULL) {
         store_scales(b, r, first, count);
     }
-    if (width > 1) { /* what is behind a smaller last block has room too: whole blocks are CHUNK columns at most */
-        spread_scales(r->divisor, count, width, r->divisors);
-        spread_scales(r->multiplier, count, width, r->multipliers);
+    const int shared = b->plan->operation == ENCODE ? 1 : shares(width, n);
+    const float *divisors = r->divisor, *multipliers = r->multiplier;
+    if (width > shared) { /* what is behind a smaller last block has room too: whole blocks are CHUNK columns at most */
+        spread_scales(r->divisor, count, width / shared, r->divisors);
+        divisors = multipliers = r->divisors;
     }
-    const float *divisors = width > 1 ? r->divisors : r->divisor;
-    const float *multipliers = width > 1 ? r->multipliers : r->multiplier;
+    if (width > shared && b->level != NULL && !b->with_tensor_scale) {
+        spread_scales(r->multiplier, count, width / shared, r->multipliers);
+        multipliers = r->multipliers;
+    }
     for (int64_t row = 0; row < height; row++) {
-        apply_scales(b, f, r, at + row * b->columns, index + row * b->steps[1], n, divisors, multipliers);
+        apply_scales(b, f, r, at + row * b->columns, index + row * b->steps[1], n, divisors, multipliers, shared);
     }
 }
 
 /* A block of one row that is longer than CHUNK. */
 static void blocks_long(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
                         int64_t first, int64_t n) {
-    memset(r->most, 0, sizeof r->most);
     for (int64_t i = 0; i < n; i += CHUNK) {
-        add_magnitudes(b, r, at + i, n - i < CHUNK ? n - i : CHUNK);
+        add_magnitudes(b, r, at + i, n - i < CHUNK ? n - i : CHUNK, i == 0);
     }
-    r->amax[0] = largest_of(r->most, CHUNK) * b->headroom;
+    r->amax[0] = number32(most_of_floats(r->most, CHUNK)) * b->headroom;
     scales_of(b, r, 1);
     if (b->scales != NULL) {
         store_scales(b, r, first, 1);
     }
-    spread_scales(r->divisor, 1, CHUNK, r->divisors);
-    spread_scales(r->multiplier, 1, CHUNK, r->multipliers);
+    const int is_encoded = b->plan->operation == ENCODE; /* by a scale for each */
+    if (is_encoded) {
+        spread_scales(r->divisor, 1, CHUNK, r->divisors);
+    }
+    const float *divisors = is_encoded ? r->divisors : r->divisor;
     for (int64_t i = 0; i < n; i += CHUNK) {
-        apply_scales(b, f, r, at + i, index + i, n - i < CHUNK ? n - i : CHUNK, r->divisors, r->multipliers);
+        apply_scales(b, f, r, at + i, index + i, n - i < CHUNK ? n - i : CHUNK, divisors, r->multiplier, is_encoded);
     }
 }
 

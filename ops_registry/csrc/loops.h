@@ -110,12 +110,18 @@ INLINE UINT NAME(encode_each)(const FLOAT *restrict x, const FLOAT *restrict sca
         }                                                                                                              \
         break;
 
-/* One scale for each of n <= CHUNK elements: scale itself where it varies, else scales, filled. */
-static const FLOAT *NAME(spread)(const FLOAT *scale, int varies, int64_t n, FLOAT *scales) {
-    for (int64_t i = 0; !varies && i < n; i++) {
-        scales[i] = *scale;
+/* One scale for each of n <= CHUNK elements, of which as many as shared have one, or all for 0: scales, filled. */
+static const FLOAT *NAME(spread)(const FLOAT *scale, int shared, int64_t n, FLOAT *scales) {
+    const int64_t size = shared > 0 ? shared : n;
+    if (shared == 1) {
+        return scale;
     }
-    return varies ? scale : scales;
+    for (int64_t i = 0; i < n; i += size, scale++) {
+        for (int64_t j = i; j < i + size && j < n; j++) {
+            scales[j] = *scale;
+        }
+    }
+    return scales;
 }
 
 /* x / divisor rounded, times multiplier. These have one element for all where they do not vary. What variants other
@@ -146,23 +152,27 @@ static void NAME(quantize_chunk)(const FLOAT *restrict x, const FLOAT *divisor, 
     }
 }
 
-/* The same from elements of the plan's dtype of x to those of out's. */
+/* The same from elements of the plan's dtype of x to those of out's; as many as shared have one scale, or all for 0. */
 static void NAME(quantize)(const struct plan *p, const struct NAME(format) * f, const void *x, const FLOAT *divisor,
-                           const FLOAT *multiplier, int varies, const uint32_t *random, void *out, int64_t n) {
+                           const FLOAT *multiplier, int shared, const uint32_t *random, void *out, int64_t n) {
     enum variant variant = variant_of(p);
 #if defined(__AVX512F__) && FRACTION_BITS == 23
     if (variant != GENERAL && p->dtypes[X] == p->out_dtype && n >= 32) {
         const struct vectors v = {x, out, divisor, multiplier, random, n};
-        if (quantize_chunk512(&v, p->out_dtype, varies, variant, p->rounding, f) < f->special_from) {
+        if (quantize_chunk512(&v, p->out_dtype, shared, variant, p->rounding, f) < f->special_from) {
             return;
         }
         variant = GENERAL;
     }
 #endif
-    FLOAT x_buffer[CHUNK], out_buffer[CHUNK];
+    FLOAT x_buffer[CHUNK], out_buffer[CHUNK], divisors[CHUNK], multipliers[CHUNK];
+    if (shared > 1) {
+        divisor = NAME(spread)(divisor, shared, n, divisors);
+        multiplier = NAME(spread)(multiplier, shared, n, multipliers);
+    }
     FLOAT *numbers = is_narrow(p->out_dtype) ? out_buffer : out;
     const FLOAT *converted = NAME(convert)(x, p->dtypes[X], n, x_buffer);
-    NAME(quantize_chunk)(converted, divisor, multiplier, varies, random, numbers, n, variant, p, f);
+    NAME(quantize_chunk)(converted, divisor, multiplier, shared > 0, random, numbers, n, variant, p, f);
     narrow((const float *)numbers, p->out_dtype, out, n);
 }
 

@@ -63,7 +63,7 @@ struct rows {
  */
 struct blocks {
     const struct plan *plan, *level; /* of the elements, and of scales in a format of their own, or NULL */
-    char *out, *scales; /* scales: where one a block is stored, as a code of its format, or NULL */
+    char *out, *scales;              /* scales: where one a block is stored, as a code of its format, or NULL */
     const char *x, *random;
     int64_t rows, columns, height, width, span, strips_down, strips_across;
     int64_t steps[2];                      /* of matrices and rows, in what a seed counts; that of columns is 1 */
