@@ -73,6 +73,13 @@ def test_a_seed_is_its_bits(x):
     )
 
 
+def test_a_seed_of_rows_of_three():
+    """Chunks of 1023 elements, which begin within a block of the counter and end in the 257th."""
+    x, scale = torch.randn(1000, 3), torch.rand(3) + 0.5
+    want = torch.ops.altgrad.quantize_stochastic(x, scale, bits_of(SEED, x.shape), "E4M3")
+    assert_same_bits(torch.ops.altgrad.quantize_stochastic(x, scale, SEED, "E4M3"), want, x)
+
+
 def test_layouts_draw_the_same(x):
     x = x[:, :336]
     want = quantize(x.contiguous(), E4M3, **STOCHASTIC, random_bits=SEED)
