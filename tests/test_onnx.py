@@ -21,6 +21,7 @@ from altgrad.quantization import (
     decode,
     dequantize,
     encode,
+    encode_blocks,
     quantize,
     quantize_blocks,
 )
@@ -199,7 +200,8 @@ def test_scales_and_blocks():
     def function(x):
         granularities = [PerTensor(), PerAxis(0), PerAxis(1), PerBlock(4), PerBlock((3, 5))]
         blocks = [quantize_blocks(x, "E4M3", granularity=granularity) for granularity in granularities]
-        return [*blocks, quantize_blocks(x, **NVFP4), compute_scale(x, "E4M3", granularity=PerBlock(4))]
+        blocks += [quantize_blocks(x, **NVFP4), compute_scale(x, "E4M3", granularity=PerBlock(4))]
+        return [*blocks, *encode_blocks(x, **NVFP4)[:3]]
 
     assert_exports(function, (x,))
 

@@ -17,6 +17,7 @@ CFLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame
 TARGETS = ["avx512", "avx2", "baseline"]
 RUN = {
     "test_cpu.py": ["sizes_and_guards", "one_special_among_many", "16_bit_conversions", "amax", "random_layouts"],
+    "test_encode_blocks.py": ["blocks", "random_bits", "threads"],
     "test_matmul.py": ["targets", "scales_of_blocks_in_exact_rationals"],
     "test_packing.py": ["packing_of_every_instruction_set"],
     "test_quantize_blocks.py": ["blocks", "random_bits", "results", "threads"],

@@ -42,6 +42,27 @@ INLINE void pack_group(uint8_t *out, uint64_t in, int64_t n, int bits, int unpac
     memcpy(out, &x, (size_t)(unpacks ? n : (n * bits + 7) / 8));
 }
 
+/* Bytes of two codes of 4 bits, in loops that vectorize. */
+INLINE void pack_pairs(uint8_t *restrict out, const uint8_t *restrict in, int64_t bytes, int unpacks) {
+    for (int64_t i = 0; unpacks && i < bytes; i++) {
+        out[2 * i] = in[i] & 15;
+        out[2 * i + 1] = in[i] >> 4;
+    }
+    for (int64_t i = 0; !unpacks && i < bytes; i++) {
+        out[i] = (uint8_t)((in[2 * i] & 15) | in[2 * i + 1] << 4);
+    }
+}
+
+/* Three bytes of four codes of 6 bits, for vectors whose bytes can change places: they are slower without. */
+INLINE void pack_fours(uint8_t *restrict out, const uint8_t *restrict in, int64_t threes) {
+    for (int64_t i = 0; i < threes; i++) {
+        const uint8_t a = in[4 * i] & 63, b = in[4 * i + 1] & 63, c = in[4 * i + 2] & 63, d = in[4 * i + 3] & 63;
+        out[3 * i] = (uint8_t)(a | b << 6);
+        out[3 * i + 1] = (uint8_t)(b >> 2 | c << 4);
+        out[3 * i + 2] = (uint8_t)(c >> 4 | d << 2);
+    }
+}
+
 /* Groups begin to end of rows of n codes, each of which begins with a group of its own. Whole groups are read as words,
  * with what follows them, as long as a row has that: put together of parts a word would be slow to read. */
 INLINE void pack_groups(const struct packing *p, int64_t begin, int64_t end, int bits, int unpacks) {
@@ -55,10 +76,17 @@ INLINE void pack_groups(const struct packing *p, int64_t begin, int64_t end, int
         const int64_t whole = last < words ? last : words;
         const uint8_t *in = p->in + row * in_bytes;
         uint8_t *out = p->out + row * out_bytes;
-        for (int64_t i = first; i < whole; i++) {
-            uint64_t x;
-            memcpy(&x, in + i * in_step, sizeof x);
-            pack_group(out + i * out_step, x, 8, bits, unpacks);
+        const int by_fours = bits == 6 && !unpacks && VECTOR_BYTES > 16;
+        if (bits == 4 && first < whole) {
+            pack_pairs(out + first * out_step, in + first * in_step, 4 * (whole - first), unpacks);
+        } else if (by_fours && first < whole) {
+            pack_fours(out + first * out_step, in + first * in_step, 2 * (whole - first));
+        } else {
+            for (int64_t i = first; i < whole; i++) {
+                uint64_t x;
+                memcpy(&x, in + i * in_step, sizeof x);
+                pack_group(out + i * out_step, x, 8, bits, unpacks);
+            }
         }
         for (int64_t i = first < whole ? whole : first; i < last; i++) {
             const int64_t n = p->n - 8 * i < 8 ? p->n - 8 * i : 8;

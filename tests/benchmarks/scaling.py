@@ -25,6 +25,7 @@ from cpu import keep_memory
 from altgrad.quantization import (
     E4M3,
     MXFP4,
+    MXFP6_E2M3,
     MXFP8_E4M3,
     NVFP4,
     PerAxis,
@@ -59,7 +60,7 @@ def ours() -> Rows:
     }.items():
         rows[f"altgrad {name}"] = lambda options=options: quantize_blocks(X, **options)
         rows[f"altgrad {name}, compiled"] = compiled(quantize_blocks, **options)
-    for name, options in {"MXFP8": MXFP8_E4M3, "MXFP4": MXFP4}.items():
+    for name, options in {"MXFP8": MXFP8_E4M3, "MXFP6": MXFP6_E2M3, "MXFP4": MXFP4, "NVFP4": NVFP4}.items():
         blocks = encode_blocks(X, **options)
         rows[f"altgrad encode_blocks {name}"] = lambda options=options: encode_blocks(X, **options).codes
         rows[f"altgrad decode_blocks {name}"] = lambda blocks=blocks: decode_blocks(blocks)
