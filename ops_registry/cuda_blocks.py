@@ -223,7 +223,7 @@ def store_packed(codes, out_ptr, matrix, rows, columns, down, across, tile: tl.c
     codes = codes.to(word).reshape(tile.high, tile.height_room, tile.wide, eights, 8)
     # The bits of a word are those of one code each, so that the sum has no carries.
     words = tl.sum(codes << tl.arange(0, 8)[None, None, None, None] * bits, axis=4)
-    j = tl.arange(0, triton.next_power_of_2(bits))[None, None, None, None]
+    j = tl.arange(0, 4 if bits <= 4 else 8)[None, None, None, None]
     out = ((tl.expand_dims(words, 4) >> j * 8) & 255).to(tl.uint8)
     exists = tl.expand_dims(row_exists & exists, 4) & (j < bits)
     tl.store(out_ptr + tl.expand_dims(first, 4) + j, out, exists)

@@ -16,20 +16,22 @@ def regroup_block(
 ):  # fmt: skip
     """Groups at of rows; unless all are full, without what is behind the ends of rows."""
     word: tl.constexpr = tl.int32 if x_count * x_width <= 32 else tl.int64
-    i = tl.arange(0, triton.next_power_of_2(x_count))[None, :]
-    j = tl.arange(0, triton.next_power_of_2(out_count))[None, :]
+    # Powers of two from the counts on.
+    x_room: tl.constexpr = x_count if x_count < 3 else 4 if x_count <= 4 else 8
+    out_room: tl.constexpr = out_count if out_count < 3 else 4 if out_count <= 4 else 8
+    i, j = tl.arange(0, x_room)[None, :], tl.arange(0, out_room)[None, :]
     x_at, out_at = at * x_count + i, at * out_count + j
     x_exists, out_exists = i < x_count, j < out_count
     if not is_full:
         x_exists, out_exists = x_exists & (x_at < x_size), out_exists & (out_at < out_size)
-    if is_full and triton.next_power_of_2(x_count) == x_count:  # without a mask, accesses are of 16 bytes
+    if is_full and x_room == x_count:  # without a mask, accesses are of 16 bytes
         x = tl.load(x_ptr + row * x_size + x_at)
     else:
         x = tl.load(x_ptr + row * x_size + x_at, x_exists, 0)
     # The bits of a word are those of one element each, so that the sum has no carries.
     words = tl.sum((x.to(word) & ((1 << x_width) - 1)) << i * x_width, axis=1, keep_dims=True)
     out = ((words >> j * out_width) & ((1 << out_width) - 1)).to(tl.uint8)
-    if is_full and triton.next_power_of_2(out_count) == out_count:
+    if is_full and out_room == out_count:
         tl.store(out_ptr + row * out_size + out_at, out)
     else:
         tl.store(out_ptr + row * out_size + out_at, out, out_exists)
