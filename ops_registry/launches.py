@@ -120,6 +120,8 @@ def call_of(launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], o
     if any(getattr(metadata, name, 0) for name in needs) or metadata.num_ctas != 1 or out.data_ptr() % 16:
         return None
     with_number = isinstance(launch.tensors[0], float)
+    if with_number and tensors[1].dtype == torch.float64:  # type: ignore[union-attr]  # float32 may not hold it
+        return None
     places = {id(tensor): place for place, tensor in enumerate(theirs)}
     sources = tuple(places.get(id(tensor), -1) for tensor in launch.tensors[with_number:])
     if -1 in sources:  # a copy, in another layout
@@ -143,7 +145,7 @@ def again(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     if addresses[-1] & 15:
         return None
     if with_number:
-        addresses.insert(0, theirs[1].float().item())
+        addresses.insert(0, theirs[1].item())
     launch, memory, config, slots = driver().parts
     pack_into(memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *addresses, *integers)
     return None if launch(config, function, slots, None) else out
