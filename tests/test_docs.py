@@ -47,7 +47,6 @@ SCRIPTS = "deployment.md"
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """Each Python block of a page after the first one, in a namespace of its own and an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CI", raising=False)  # see "opaque" in docs/operators.md
     first, *others = blocks(page, "python") or [None]
     if first is None:
         pytest.skip("no Python in it")
