@@ -5,6 +5,7 @@ import torch
 from conftest import DTYPES
 from samples import SAMPLES
 from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
+from torch.utils import _pytree as pytree
 
 from ops_registry.operators import OPERATORS
 
@@ -40,7 +41,7 @@ def test_opcheck(layout, dtype, requires_grad, device):
     for i, (name, sample) in enumerate(SAMPLES.items()):
         op, args = getattr(ag, name).default, sample(x, (row, column, scalar)[i % 3])
         # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad.
-        is_traced = not requires_grad or op(*args).requires_grad
+        is_traced = not requires_grad or any(t.requires_grad for t in pytree.tree_leaves(op(*args)))
         torch.library.opcheck(op, args, test_utils=DEFAULT_TEST_UTILS if is_traced else DEFAULT_TEST_UTILS[:3])
     torch.library.opcheck(ag.quantize.default, (x, scalar.requires_grad_(requires_grad), "E4M3FNUZ"))
 
