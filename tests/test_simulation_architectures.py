@@ -11,14 +11,20 @@ from torch.nn import functional as F
 from altgrad.simulation import RECIPES, coverage, simulate
 
 
-def resnet18():
-    """torchvision's, whose library of operators is for the CUDA build of torch; its models need their names alone."""
+@pytest.fixture(scope="module", autouse=True)
+def torchvision():
+    """Its library of operators is for the CUDA build of torch; models, also transformers', need their names alone."""
     try:
-        from torchvision.models import resnet18
+        import torchvision
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        from torchvision.models import resnet18
+        import torchvision  # noqa: F401
+
+
+def resnet18():
+    from torchvision.models import resnet18
+
     return resnet18(num_classes=10)
 
 
