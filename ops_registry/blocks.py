@@ -88,7 +88,8 @@ def encode_blocks(
     if of_scales is not None:
         one = torch.ones((), dtype=multiplier.dtype, device=multiplier.device)
         multiplier = torch.ops.altgrad.encode(multiplier, one, of_scales)
-    return (codes.contiguous() if f.bits == 8 else torch.ops.altgrad.pack(codes, f.bits)), multiplier.contiguous()
+    codes, multiplier = (t.clone(memory_format=torch.contiguous_format) for t in (codes, multiplier))  # no views
+    return (codes if f.bits == 8 else torch.ops.altgrad.pack(codes, f.bits)), multiplier
 
 
 def _encoded(

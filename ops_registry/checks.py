@@ -177,8 +177,8 @@ def check_as_scale(amax: Tensor, max_value: float) -> None:
     if amax.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"amax must have a dtype of float32, float64, got {amax.dtype}")
     _check_strided("amax", amax)
-    if not 0 < max_value < math.inf:
-        raise ValueError(f"max_value must be positive and finite, got {max_value!r}")
+    if not 0 < max_value <= torch.finfo(amax.dtype).max:
+        raise ValueError(f"max_value must be positive and finite in {amax.dtype}, got {max_value!r}")
 
 
 def check_pack(codes: Tensor, bits: int) -> None:

@@ -1,6 +1,6 @@
 """Launches of Triton kernels: compiled once for types and constants, and run again past Triton's own Python.
 
-What is launched follows from the sizes, strides, dtypes and alignments of an operator's tensors and from its options.
+What is launched follows from sizes, strides, dtypes, devices and alignments of an operator's tensors and from options.
 The first call with them goes the whole way: checks, plan, Triton. It leaves a Call behind, by which the driver runs the
 same kernel on the addresses of a later one.
 """
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
 class Call(NamedTuple):
     """A launch whose addresses alone are to come: the kernel's pointers are those of the operator's tensors and output.
 
-    with_number: the value of the operator's second tensor goes before them. pack_into writes both arrays of a Driver.
+    with_number: the value of the operator's second tensor goes before them. pack_into writes the memory of a Driver.
     """
 
     shape: tuple[int, ...]
@@ -114,7 +114,9 @@ def call_of(launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], o
     """The launch without its addresses; None where more than they may change, or the driver needs to know more."""
     metadata = getattr(compiled, "metadata", None)
     theirs = (*tensors, out)
-    if metadata is None or len({id(tensor) for tensor in theirs}) < len(theirs):  # one tensor in two roles
+    if (
+        metadata is None or torch.version.hip or len({id(tensor) for tensor in theirs}) < len(theirs)
+    ):  # one tensor in two roles
         return None
     needs = "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size"
     if any(getattr(metadata, name, 0) for name in needs) or metadata.num_ctas != 1 or out.data_ptr() % 16:

@@ -90,12 +90,13 @@ def matmul(
     rule = check_matmul(a, b, accumulator, a_scale, b_scale)
     left, right = factors(a, b, rule, a_scale, b_scale)
     left, right = (Factor(x.values.double(), x.exponents) for x in (left, right))
-    out = a.new_empty([left.values.shape[0], a.shape[-2], b.shape[-1]], dtype=torch.float32)
-    rows = max(1, _ROOM // max(1, rule.group * out.shape[0] * out.shape[2]))
-    for start in range(0, out.shape[1], rows):
+    out = a.new_empty([*a.shape[:-1], b.shape[-1]], dtype=torch.float32)
+    matrices = out.view(left.values.shape[0], *out.shape[-2:])
+    rows = max(1, _ROOM // max(1, rule.group * matrices.shape[0] * matrices.shape[2]))
+    for start in range(0, matrices.shape[1], rows):
         part = Factor(*(t[:, :, start : start + rows] for t in left))
-        out[:, start : start + rows] = _accumulated(part, right, rule)
-    return out.view(*a.shape[:-1], b.shape[-1])
+        matrices[:, start : start + rows] = _accumulated(part, right, rule)
+    return out
 
 
 def _accumulated(left: Factor, right: Factor, rule: Accumulator) -> Tensor:

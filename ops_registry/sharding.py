@@ -39,21 +39,20 @@ def register() -> None:
     for name, rule in rules.items():
         op = getattr(torch.ops.altgrad, name).default
         register_sharding(op)(rule)
-        _distinguish_lists(op)
+        _distinguish_options(op, OPERATORS[name].tensors)
 
 
-def _distinguish_lists(op: Any) -> None:
-    """Makes lists of integers part of what DTensor keeps a decision under.
+def _distinguish_options(op: Any, tensors: int) -> None:
+    """Makes all options part of what DTensor keeps a decision and a shape under, where a list of integers is one.
 
-    register_sharding looks for integers alone, and the decision for one list served every other one: wrong bits.
+    register_sharding looks for integers alone, and the decision for one block, or format, served every other one.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 
-    lists = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "List[int]"]
-    if lists:
+    if any(str(argument.type) == "List[int]" for argument in op._schema.arguments):
         known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-        known[op] = RuntimeSchemaInfo(static_argnum=lists[0], needs_pytree=True)
+        known[op] = RuntimeSchemaInfo(static_argnum=tensors, needs_pytree=True)
 
 
 def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:
@@ -98,7 +97,8 @@ def _placements_of_stored_blocks(x: Any, *args: Any) -> list[tuple[list[Any], li
     bits = resolve(next(argument for argument in args if isinstance(argument, str))).bits
 
     def is_apart(p: Any) -> bool:
-        return p.is_replicate() or p.dim != x.ndim - 1 or x.shape[p.dim] * bits % (8 * x.mesh.size()) == 0
+        part, rest = divmod(x.shape[p.dim], x.mesh.size()) if hasattr(p, "dim") else (0, 0)
+        return p.is_replicate() or p.dim != x.ndim - 1 or (rest == 0 and part * bits % 8 == 0)
 
     return [(outputs * 2, inputs) for outputs, inputs in _placements_of_blocks(x, *args) if is_apart(outputs[0])]
 

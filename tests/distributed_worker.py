@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from altgrad.quantization import (
     MXFP4,
     MXFP6_E2M3,
+    MXFP8_E4M3,
     NVFP4,
     AmaxHistory,
     PerAxis,
@@ -238,7 +239,8 @@ def stored_blocks(size):
     """Codes and scales lie where x does, which is gathered where parts would share a block or a byte."""
     wide, mesh = randn(8, 48) * 7, meshes(size)[0]
     of_threes = MXFP4 | {"granularity": PerBlock(3)}
-    for options in (MXFP4, NVFP4, MXFP6_E2M3 | {"granularity": PerBlock({0: 4})}, of_threes):
+    of_columns = MXFP6_E2M3 | {"granularity": PerBlock({0: 4})}
+    for options in (MXFP8_E4M3, MXFP4, MXFP6_E2M3, NVFP4, of_columns, of_threes):  # three with one block
         x = wide[:, : 3 * size] if options is of_threes else wide
         bits = random_bits(x.shape)
         for placement in PLACEMENTS:

@@ -4,6 +4,7 @@ Tests named ``interpreted`` run the Triton kernel on the CPU, in the process tha
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from altgrad.quantization import (
     quantize_blocks,
     resolve,
 )
-from ops_registry import aten, cpu, cuda, packing
+from ops_registry import aten, cpu, cuda, packing, sharding
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
 
 ag = torch.ops.altgrad
@@ -263,3 +264,19 @@ def test_interpreted_random_bits(shape, block, served):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_interpreted_dtypes(dtype, served):
     check_dtypes(cuda.KERNELS["encode_blocks"], dtype, "cpu")
+
+
+def test_parts_end_on_bytes():
+    """A split whose parts do not end on a byte, or are not equal, is refused: three codes of 6 bits on 3 devices."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def splits(columns, devices, format):
+        mesh = SimpleNamespace(size=lambda: devices)
+        x = SimpleNamespace(ndim=2, shape=(32, columns), placements=[Shard(1)], mesh=mesh)
+        args = None, format, *NEAREST, [32, 1], "floor"
+        choices = sharding._placements_of_stored_blocks(x, *args)
+        assert choices[0][0] == [Replicate()] * 2
+        return len(choices) > 1
+
+    assert [splits(4, 3, "E3M2"), splits(12, 3, "E3M2"), splits(8, 2, "E3M2"), splits(6, 2, "E3M2")] == [0, 1, 1, 0]
+    assert [splits(6, 2, "E2M1"), splits(8, 2, "E2M1"), splits(6, 2, "E4M3"), splits(5, 2, "E4M3")] == [0, 1, 1, 0]

@@ -10,6 +10,7 @@ from altgrad.quantization import (
     E5M2,
     MXFP4,
     AmaxHistory,
+    PerBlock,
     bit_stall,
     compute_scale,
     decode,
@@ -89,6 +90,18 @@ OPERATOR_ERRORS = {
         (CODES, ONE),
         TypeError,
         r"dtype must be one of float16, .* got torch\.int8",
+    ),
+    "a largest value beyond float32": (
+        lambda x: ag.as_scale(x, 1e300),
+        (ONE,),
+        ValueError,
+        r"max_value must be positive and finite in torch\.float32, got 1e\+300",
+    ),
+    "scales beyond float32": (
+        lambda x: quantize_blocks(x, "BF16", granularity=PerBlock(2), scale_format="E5M2"),
+        (X,),
+        ValueError,
+        r"scale_format E5M2 times format BF16 reaches 1.94e\+43, beyond torch\.float32: give a narrower scale_format",
     ),
     "scale shape": (
         lambda x, s: ag.quantize(x, s, "E5M2"),

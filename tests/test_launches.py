@@ -100,3 +100,33 @@ def test_traits():
     different = {launches.traits(other) for other in (x, *others)}
     assert len(different) == 1 + len(others)
     assert launches.traits(x) == launches.traits(torch.randn(8, 8))
+
+
+def test_an_operator_is_described_once(driven, monkeypatch):
+    """A second call with the same traits and options goes to the driver; too many kinds of calls start anew."""
+    described = []
+
+    def describe(x, tensor_scale, *options):
+        described.append(options)
+        out = torch.empty_like(x)
+        return out, None if options[0] == "E5M2" else Launch(None, 1, [x, x, out, out], (x.numel(),), (), {})
+
+    monkeypatch.setattr(launches, "start", lambda launch: compiled())
+    monkeypatch.setattr(launches, "MAX_CALLS", 2)
+    kernel = launches.served("quantize_operand", describe)
+    modes = "propagate", "nearest_ties_to_even"
+    for x, options in (
+        (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),
+        (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),  # again
+        (torch.randn(4, 8), ("E4M3", *modes, [1, 8])),
+        (torch.randn(4, 8), ("E4M3", *modes, [1, 8])),  # again
+        (torch.randn(8, 4).t(), ("E4M3", *modes, [1, 4])),  # the third kind
+        (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),  # forgotten
+    ):
+        out = kernel(x, None, *options)
+        assert (out.shape, out.stride()) == (x.shape, x.stride())
+    assert [options[3] for options in described] == [[1, 4], [1, 8], [1, 4], [1, 4]]
+    assert len(driven) == 2
+    x = torch.randn(4, 8)
+    want = torch.ops.altgrad.quantize_operand(x, None, "E5M2", *modes, [1, 4])
+    assert torch.equal(kernel(x, None, "E5M2", *modes, [1, 4]), want), "the formula, where nothing is launched"

@@ -71,6 +71,17 @@ def test_formulas_walk_in_the_order_of_memory(seed):
             assert_same_bits(got, want, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_outputs_are_no_views(name, dtype):
+    """A view that was made under no_grad refuses to be written in place where a gradient is wanted."""
+    for x in (torch.randn(4, 8, dtype=dtype), torch.randn(8, 4, dtype=dtype).t(), torch.randn(1, 8, dtype=dtype).t()):
+        for call in (getattr(ag, name), aten.KERNELS[name]):
+            with torch.no_grad():
+                outputs = call(*SAMPLES[name](x, torch.ones(1, dtype=dtype)))
+            assert not any(t._is_view() for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
 @pytest.mark.parametrize("name", ["quantize_stochastic", "encode_stochastic", "project_stochastic"])
 def test_formulas_count_in_row_major_order(name):
     """From a seed the bits of an element follow from its index, wherever it lies."""

@@ -109,8 +109,7 @@ def encode_blocks(
         scale_format = E8M0.name if rule is not None else scale_format
         return Blocks(codes, scale, tensor_scale, f.name, scale_format, granularity, x.shape[-1], x.dtype)
     scale = compute_scale(x, f, granularity=granularity, compact=True, **options)
-    modes: dict[str, Any] = {"saturation": saturation, "rounding": rounding}
-    modes |= {"random_bits": bits}
+    modes: dict[str, Any] = {"saturation": saturation, "rounding": rounding, "random_bits": bits}
     if options.get("arithmetic") == "transformer_engine":
         codes = encode(granularity.apply(lambda blocks, dims, scale: multiplied(blocks, scale), x, scale), f, **modes)
     else:

@@ -75,6 +75,12 @@ class Levels(NamedTuple):
         return lambda statistic: quantize(statistic * multiplier, g, saturation="finite") * tensor_scale
 
     def _largest(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        if self.top > torch.finfo(dtype).max:
+            raise ValueError(
+                f"scale_format {self.scale_format.name} times format {self.format.name} reaches {self.top:.3g}, beyond "
+                f"{dtype}: give a narrower scale_format, or tensor_scale=False"
+            )
         return PerTensor().apply(amax, x.detach()) * self.headroom
 
     def _tensor_scale(self, largest: Tensor) -> Tensor:

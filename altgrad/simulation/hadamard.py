@@ -42,7 +42,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 def _of_columns(x: Tensor) -> Tensor:
     """:func:`hadamard` of a transposed bfloat16 matrix on CUDA, from the left where it lies: no transposed copy."""
-    columns = x.mT.reshape(-1, SIZE, x.shape[-2])
+    columns = x.mT.unflatten(0, (-1, SIZE))
     matrix = _matrix(x.dtype, x.device).mT.expand(columns.shape[0], SIZE, SIZE)
     return torch.bmm(matrix, columns, out_dtype=torch.float32).view(x.mT.shape).mT
 
