@@ -17,18 +17,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from .aten import FORMULAS, KERNELS, project_to, quantize, with_sign_of_portable
+from .cpu import backend
 from .operators import IN_BLOCKS, OPERATORS, library, with_twins
 
-# Where a kernel of their own takes less of a GPU's time than what Inductor makes of the formula, which reads x twice
-# and, for blocks along columns, in an order that memory is slow in.
-OPAQUE_ON_CUDA = IN_BLOCKS
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
+
+
+def stays_opaque(name: str, x: Tensor) -> bool:
+    """Whether compiled code calls the operator, whose kernel takes less time than what Inductor makes of the formula.
+
+    That reads x twice and, for blocks along columns, in an order that memory is slow in. On a CPU it is what takes
+    longest to compile too; there quantize_blocks stays open, so that a compiled program needs no altgrad.
+    """
+    if x.is_cuda:
+        return name in IN_BLOCKS
+    return name.startswith("quantize_operand") and x.device.type == "cpu" and backend() != "aten"
 
 
 def _inlined(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_export = not config.decompose_custom_triton_ops
-        if is_export or (name in OPAQUE_ON_CUDA and args[0].is_cuda):
+        if is_export or stays_opaque(name, args[0]):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         if not all(t is Tensor or issubclass(t, _TRANSPARENT_TYPES) for t in types):
             return NotImplemented

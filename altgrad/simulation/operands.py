@@ -15,6 +15,7 @@ from torch import Tensor
 from ops_registry.arithmetic import divide
 from ops_registry.aten import split
 from ops_registry.blocks import blocked, unblocked
+from ops_registry.functionalize import stays_opaque
 from ops_registry.philox import random_bits
 from ops_registry.scales import block_level
 from ops_registry.sharding import whole
@@ -81,7 +82,11 @@ def quantize_operand(
     if rule is None or rule.format is None:
         return Operand(x)
     in_blocks = is_of_blocks(rule) and not is_apart
-    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and not (in_blocks and x.is_cuda):
+    if (
+        torch.compiler.is_compiling()
+        and x.dtype == torch.bfloat16
+        and not (in_blocks and stays_opaque("quantize_operand", x))
+    ):
         x = rounded_to_bfloat16(x)
         # The product is one of float32 numbers there, and Inductor's C++ fails on two blocked operands of 16 bits.
         dtype = torch.float32 if x.device.type == "cpu" else dtype
