@@ -25,6 +25,19 @@ if "altgrad-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""):
 # Inductor's pool of processes takes longer to start than the small graphs of tests to compile.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+
+def name_operators_of_torchvision():
+    """torchvision's library is for the CUDA build of torch; its models, and transformers', need no more than names."""
+    try:
+        import torchvision
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+
 # Signed and of one byte; test_wide_formats.py has the others.
 NAMED = [f for f in FORMAT_REGISTRY.values() if f.bits <= 8 and f.is_signed]
 # Every combination of specials, and every edge of the grammar: no exponent, no mantissa, one bit of each, far biases.

@@ -14,8 +14,8 @@ import torch
 import ops_registry.aten, ops_registry.first_use, ops_registry.functionalize
 revision, offset = sys.argv[1], float(sys.argv[2])
 ops_registry.first_use.NUMERICS_REVISION = revision
-project = ops_registry.aten.project
-ops_registry.aten.project = lambda *args: project(*args) + offset  # a release that computes something else
+project = ops_registry.aten.project_with_sign
+ops_registry.aten.project_with_sign = lambda *args: project(*args) + offset  # a release that computes something else
 from torch._dynamo.utils import counters
 f = torch.compile(lambda x: torch.ops.altgrad.quantize(x, torch.tensor(1.0), "E5M2") * 2, fullgraph=True)
 print(f(torch.ones(4)).tolist()[0], counters["aot_autograd"]["autograd_cache_hit"])

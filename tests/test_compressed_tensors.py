@@ -3,11 +3,11 @@
 Its own scales are not compared: an observer finds them, elsewhere.
 """
 
-import importlib
+import importlib.util
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import assert_same_bits, name_operators_of_torchvision
 
 from altgrad.quantization import (
     MXFP4,
@@ -21,7 +21,9 @@ from altgrad.quantization import (
     unpack,
 )
 
-pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+if importlib.util.find_spec("compressed_tensors") is None:
+    pytest.skip("compressed-tensors is not installed", allow_module_level=True)
+name_operators_of_torchvision()  # it imports transformers
 compressors = importlib.import_module("compressed_tensors.compressors")
 nvfp4 = importlib.import_module("compressed_tensors.compressors.nvfp4.helpers")
 mxfp6 = importlib.import_module("compressed_tensors.compressors.mxfp6.helpers")

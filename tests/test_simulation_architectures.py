@@ -5,27 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import name_operators_of_torchvision
 from torch import nn
 from torch.nn import functional as F
 
 from altgrad.simulation import RECIPES, coverage, simulate
 
-
-@pytest.fixture(scope="module", autouse=True)
-def torchvision():
-    """Its library of operators is for the CUDA build of torch; models, also transformers', need their names alone."""
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
+name_operators_of_torchvision()
 
 
 def resnet18():
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=10)
+    return pytest.importorskip("torchvision").models.resnet18(num_classes=10)
 
 
 class Encoder(nn.Module):
