@@ -24,10 +24,11 @@ _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 
 
 def stays_opaque(name: str, x: Tensor) -> bool:
-    """Whether compiled code calls the operator, whose kernel takes less time than what Inductor makes of the formula.
+    """Whether compiled code calls the operator, whose kernel is better than what Inductor makes of the formula.
 
-    That reads x twice and, for blocks along columns, in an order that memory is slow in. On a CPU it is what takes
-    longest to compile too; there quantize_blocks stays open, so that a compiled program needs no altgrad.
+    On a GPU that reads x twice and, for blocks along columns, in an order that memory is slow in. On a CPU it takes as
+    long, and a step of training three times as long to compile; there quantize_blocks stays open, so that a compiled
+    program needs no altgrad.
     """
     if x.is_cuda:
         return name in IN_BLOCKS
