@@ -114,9 +114,8 @@ def call_of(launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], o
     """The launch without its addresses; None where more than they may change, or the driver needs to know more."""
     metadata = getattr(compiled, "metadata", None)
     theirs = (*tensors, out)
-    if (
-        metadata is None or torch.version.hip or len({id(tensor) for tensor in theirs}) < len(theirs)
-    ):  # one tensor in two roles
+    has_two_roles = len({id(tensor) for tensor in theirs}) < len(theirs)  # a tensor, and which is read cannot be told
+    if metadata is None or torch.version.hip or has_two_roles:
         return None
     needs = "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size"
     if any(getattr(metadata, name, 0) for name in needs) or metadata.num_ctas != 1 or out.data_ptr() % 16:

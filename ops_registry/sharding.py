@@ -105,10 +105,11 @@ def _placements_of_stored_blocks(x: Any, *args: Any) -> list[tuple[list[Any], li
 
 def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
     """Replicated, or split as x is, but not along the last dimension, where codes share bytes."""
-    from torch.distributed.tensor import Replicate
 
-    splits = [p for p in x.placements if p.is_shard() and p.dim != x.ndim - 1]
-    return [([p], [p, *[None] * len(others)]) for p in (Replicate(), *splits)]
+    def is_apart(p: Any) -> bool:
+        return p.is_replicate() or (p.is_shard() and p.dim != x.ndim - 1)
+
+    return [choice for choice in _placements_of_elements(x, *others) if is_apart(choice[0][0])]
 
 
 def _placements_of_matmul(
