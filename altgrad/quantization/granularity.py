@@ -123,11 +123,6 @@ class PerBlock:
             return result.reshape([size for dim, size in enumerate(result.shape) if dim not in dims])
         return result.expand(view.shape).reshape(x.shape)
 
-    def compact_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """How many blocks there are along each dimension."""
-        sizes = dict(self.by_dim(len(shape)))
-        return tuple(-(-n // sizes.get(dim, 1)) for dim, n in enumerate(shape))
-
 
 def has_whole_blocks(granularity: PerTensor | PerAxis | PerBlock, x: Tensor) -> bool:
     """Whether apply sees x at once, as a view in which its elements have the same row-major order."""

@@ -12,6 +12,7 @@ from ops_registry.autograd import RULES, entry
 from ops_registry.checks import check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import SEED
+from ops_registry.operators import blocks_of
 from ops_registry.sharding import random_bits_like
 
 from .formats import FP8Format
@@ -399,7 +400,7 @@ def _by_blocks(
 
 
 def _compact(name: str, x: Tensor, scale: Tensor | float, granularity: PerBlock) -> Tensor:
-    wanted = granularity.compact_shape(tuple(x.shape))
+    wanted = tuple(blocks_of(x, granularity.block(x)))
     if not isinstance(scale, Tensor) or tuple(scale.shape) != wanted:
         got = tuple(scale.shape) if isinstance(scale, Tensor) else scale
         raise ValueError(f"scale must have one element for each {granularity} of {name}: the shape {wanted}, got {got}")
