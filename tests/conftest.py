@@ -5,11 +5,6 @@ import re
 import subprocess
 import tempfile
 
-# Of several processes of tests each computes on one thread, and so do those that they start: with more threads than
-# cores, each waits spinning for the others. Tests of threads ask for them. (Before torch is imported.)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import numpy as np
 import pytest
 import reference
@@ -17,6 +12,13 @@ import torch
 
 from altgrad.quantization import FORMAT_REGISTRY, resolve
 from ops_registry.modes import RANDOM_BITS, SEED
+
+# Of several processes of tests each computes on one thread, and so do those that they start: with more threads than
+# cores, each waits spinning for the others. Tests of threads ask for them. (The variable alone comes too late: pytest
+# imports torch for the category of a warning in pyproject.toml, before this file.)
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # A run must never pass on code that an earlier state of the package compiled; its own processes share what they do.
 if "altgrad-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""):
