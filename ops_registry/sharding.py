@@ -21,6 +21,8 @@ from .philox import random_words
 @cache
 def register() -> None:
     """Registers the rules; first_use.py calls it once DTensor is imported."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
 
     rules: dict[str, Callable[..., Any]] = {
@@ -36,23 +38,13 @@ def register() -> None:
         "unpack": _placements_of_rows,
         "matmul": _placements_of_matmul,
     }
+    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for name, rule in rules.items():
         op = getattr(torch.ops.altgrad, name).default
         register_sharding(op)(rule)
-        _distinguish_options(op, OPERATORS[name].tensors)
-
-
-def _distinguish_options(op: Any, tensors: int) -> None:
-    """Makes all options part of what DTensor keeps a decision and a shape under, where a list of integers is one.
-
-    register_sharding looks for integers alone, and the decision for one block, or format, served every other one.
-    """
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-
-    if any(str(argument.type) == "List[int]" for argument in op._schema.arguments):
-        known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-        known[op] = RuntimeSchemaInfo(static_argnum=tensors, needs_pytree=True)
+        # DTensor keeps a decision with the output's shape and dtype. register_sharding lets the integers alone decide
+        # whether it serves again, but both follow from all options: codes of FP16 had the dtype of those of E4M3.
+        known[op] = RuntimeSchemaInfo(static_argnum=OPERATORS[name].tensors, needs_pytree=True)
 
 
 def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:

@@ -256,6 +256,16 @@ def stored_blocks(size):
 
 
 @case
+def codes_of_two_bytes_after_one(size):
+    """DTensor keeps the dtype of an operator's output, which is another one for another format."""
+    x, scale = randn(3, 5), torch.tensor(0.37, device=DEVICE)
+    part = distribute_tensor(x, meshes(size)[0], [Shard(0)])
+    ag.encode(part, scale, "E4M3")
+    got = ag.decode(ag.encode(part, scale, "FP16"), scale, "FP16")
+    assert_same_bits(got.full_tensor(), ag.decode(ag.encode(x, scale, "FP16"), scale, "FP16"))
+
+
+@case
 def products_are_sums_of_whole_contractions(size):
     """Split along rows or columns; a split contraction is gathered, since parts of a sum are other sums."""
     a, b = quantize(randn(7, 40), "E4M3"), quantize(randn(40, 9, seed=1), "E4M3")
