@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from .arithmetic import compute_dtype
 from .checks import check_encode_blocks, check_quantize_operand
 from .formats import FP8Format, resolve
+from .hadamard import hadamard as transform
 from .modes import SEED
 from .operators import blocks_of
 from .philox import random_bits as bits_of
@@ -33,11 +34,14 @@ def quantize_operand(
     scale_format: str | None = None,
     headroom: float = 1.0,
     dtype: torch.dtype | None = None,
+    hadamard: bool = False,
     random_bits: Tensor | None = None,
     with_tensor_scale: bool = False,
 ) -> Tensor:
-    options = block, power_of_two, scale_format, headroom, dtype, random_bits
-    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
+    dtype = dtype or x.dtype
+    options = block, power_of_two, scale_format, headroom, dtype
+    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options, hadamard, random_bits)
+    x = transform(x) if hadamard else x
     for dim, size in enumerate(x.shape):
         if missing := _missing(size, block[dim]):
             # Apart from each other: of whole blocks and zeros that fill up the last, Inductor's C++ makes wrong bits.
@@ -46,7 +50,7 @@ def quantize_operand(
             ends = size - block[dim] + missing, block[dim] - missing
             xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
             part: Any = partial(quantize_operand, with_tensor_scale=with_tensor_scale)
-            arguments: tuple[Any, ...] = tensor_scale, format, saturation, rounding, *options[:-1]
+            arguments: tuple[Any, ...] = tensor_scale, format, saturation, rounding, *options
             return torch.cat([part(x, *arguments, random_bits=b) for x, b in zip(xs, bits, strict=True)], dim)
     view, dims = blocked(x.detach(), block)
     if random_bits is not None and random_bits.dtype != SEED:
@@ -56,11 +60,11 @@ def quantize_operand(
     modes = (saturation, rounding) if random_bits is None else (saturation,)
     tensors = (view, divisor) if random_bits is None else (view, divisor, random_bits)
     twin = "" if random_bits is None else "_stochastic"
-    if multiplier is divisor and dtype in (None, x.dtype):
+    if multiplier is divisor and dtype == x.dtype:
         values = getattr(torch.ops.altgrad, f"quantize{twin}")(*tensors, format, *modes)
     else:
         project = getattr(torch.ops.altgrad, f"project{twin}")
-        values = (project(*tensors, format, *modes, compute_dtype(x.dtype)) * multiplier).to(dtype or x.dtype)
+        values = (project(*tensors, format, *modes, compute_dtype(x.dtype)) * multiplier).to(dtype)
     return unblocked(values, x, block)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .accumulators import Accumulator, resolve_accumulator
 from .arithmetic import code_dtype, compute_dtype
 from .formats import FP8Format, resolve
+from .hadamard import SIZE
 from .modes import POWER_OF_TWO_RULES, RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,10 +95,12 @@ def check_quantize_operand(
     scale_format: str | None = None,
     headroom: float = 1.0,
     dtype: torch.dtype | None = None,
+    hadamard: bool = False,
     random_bits: Tensor | None = None,
 ) -> FP8Format:
     """Checks the arguments of quantize_operand, and of quantize_blocks; returns the format."""
     _check_floating("x", x)
+    _check_groups(x, hadamard)
     _check_modes(x, saturation, rounding, random_bits)
     _check_result(dtype, x)
     if len(block) != x.ndim or not all(size > 0 or size == -1 for size in block):
@@ -165,11 +168,17 @@ def check_dequantize(x: Tensor, scale: Tensor) -> None:
     _check_scale(scale, "x", x)
 
 
-def check_amax(x: Tensor, dims: list[int]) -> None:
+def check_amax(x: Tensor, dims: list[int], hadamard: bool = False) -> None:
     """Checks the arguments of amax."""
     _check_floating("x", x)
+    _check_groups(x, hadamard)
     if not dims or sorted(set(dims)) != sorted(dims) or not 0 <= min(dims) <= max(dims) < x.ndim:
         raise ValueError(f"dims must be different dimensions of x, from 0 to {x.ndim - 1}, got {list(dims)}")
+
+
+def _check_groups(x: Tensor, hadamard: bool) -> None:
+    if hadamard and (x.ndim == 0 or x.shape[-1] % SIZE):
+        raise ValueError(f"x must have a multiple of {SIZE} as its last size to be transformed, got {tuple(x.shape)}")
 
 
 def check_as_scale(amax: Tensor, max_value: float) -> None:

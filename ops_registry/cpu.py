@@ -33,11 +33,13 @@ from .checks import (
     check_unpack,
 )
 from .formats import FP8Format, resolve
+from .hadamard import SIZE as GROUP
+from .hadamard import hadamard as formula_of_transform
 from .layout import laid_out_as, strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
-from .tiles import Scaling, Strips, fits_blocks, scaling_of, strips_of
+from .tiles import Scaling, Strips, fits_blocks, matrices_of, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
@@ -58,6 +60,8 @@ _DTYPES = {
 }
 _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
+_transform = struct.Struct("2P2q2i").pack  # struct transform
+_GROUPS = 64  # of csrc/hadamard.h
 Size = tuple[int, ...]
 
 
@@ -86,6 +90,8 @@ def _load() -> tuple[Any, str]:
     native.altgrad_matmul.restype = None
     native.altgrad_blocks.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     native.altgrad_blocks.restype = None
+    native.altgrad_transform.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    native.altgrad_transform.restype = None
     native.altgrad_random.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]
     native.altgrad_random.restype = None
     target = select(native, wanted)
@@ -179,9 +185,25 @@ def _run(plan: bytes, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor
     return out
 
 
-def amax(x: Tensor, dims: list[int]) -> Tensor:
+def transform(x: Tensor) -> Tensor:
+    """The Hadamard transform of x, laid out as x is."""
+    out = torch.empty_like(x, dtype=compute_dtype(x.dtype))
+    m = matrices_of(x.shape, out.stride(), (*[1] * (x.ndim - 1), GROUP), False)
+    if m is None or x.dtype == torch.float64:
+        return formula_of_transform(x)
+    is_down, groups = m.width == 1, x.numel() // GROUP
+    across = -(-m.columns // _GROUPS)
+    strips = groups // m.columns * across if is_down else -(-groups // _GROUPS)
+    x = laid_out_as(out, x)
+    fields = x.data_ptr(), out.data_ptr(), groups, m.columns, _DTYPES[x.dtype], is_down
+    _native.altgrad_transform(_transform(*fields), strips)
+    return out
+
+
+def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     """Rows that lie side by side by a loop over their bits, everything else as aten does."""
-    check_amax(x, dims)
+    check_amax(x, dims, hadamard)
+    x = transform(x) if hadamard else x
     first = x.ndim  # of the last dimensions that are all among dims
     while first - 1 in dims:
         first -= 1
@@ -318,16 +340,18 @@ def quantize_operand(
     scale_format: str | None = None,
     headroom: float = 1.0,
     dtype: torch.dtype | None = None,
+    hadamard: bool = False,
     random_bits: Tensor | None = None,
     with_tensor_scale: bool = False,
 ) -> Tensor:
-    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, random_bits
-    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
+    options = block, power_of_two, scale_format, headroom, dtype or x.dtype
+    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options, hadamard, random_bits)
     g = None if scale_format is None else resolve(scale_format)
     out = torch.empty_like(x, dtype=dtype)
+    x = transform(x) if hadamard else x
     strips = strips_of(out.shape, out.stride(), tuple(block))
     if strips is None or x.dtype == torch.float64 or not fits_blocks(f, g):
-        modes = saturation, rounding, *options, with_tensor_scale
+        modes = saturation, rounding, *options, False, random_bits, with_tensor_scale
         return out.copy_(blocks.quantize_operand(x, tensor_scale, format, *modes))
     scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
     _run_blocks(strips, scaling, f, g, out, laid_out_as(out, x), tensor_scale, random_bits, saturation, rounding)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import aten, blocks, products
 from .arithmetic import code_dtype
 from .checks import (
+    check_amax,
     check_as_scale,
     check_decode,
     check_encode,
@@ -28,13 +29,14 @@ from .checks import (
     check_unpack,
 )
 from .formats import FP8Format, resolve
+from .hadamard import SIZE
 from .launches import Launch, served, start
 from .layout import laid_out_as, strides_over
 from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
 from .philox import random_bits as bits_of
-from .tiles import fits_blocks, most_of, scaling_of, tiling_of
+from .tiles import fits_blocks, has_groups, most_of, scaling_of, tiling_of
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
@@ -213,6 +215,22 @@ def as_scale(amax: Tensor, max_value: float) -> Described:
     return out, Launch(module.as_scale_kernel, -(-out.numel() // SCALES), tensors, (out.numel(),), constants, options)
 
 
+def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
+    """Behind the transform the largest element of each tile by a kernel, everything else as aten does."""
+    check_amax(x, dims, hadamard)
+    module = kernels("cuda_blocks")
+    if not hadamard or module is None or len(dims) < x.ndim or x.dtype == torch.float64:
+        return aten.amax(x, dims, hadamard)
+    x = laid_out_as(torch.empty_like(x), x)
+    tiling = tiling_of(x.shape, x.stride(), (*[1] * (x.ndim - 1), SIZE), False)
+    if tiling is None or tiling.programs == 0:
+        return aten.amax(x, dims, hadamard)
+    largest = x.new_empty([tiling.programs, *[1] * (x.ndim - 1)], dtype=torch.float32)
+    integers, constants = tiling.integers[:4], (tiling.tile,)
+    start(Launch(module.largest_kernel, tiling.programs, [x, largest], integers, constants, tiling.options))
+    return aten.amax(largest, [0])
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     check_pack(codes, bits)
     return _regroup("pack", codes, bits, codes.shape[-1])
@@ -265,10 +283,11 @@ def quantize_operand(
     scale_format: str | None = None,
     headroom: float = 1.0,
     dtype: torch.dtype | None = None,
+    hadamard: bool = False,
     random_bits: Tensor | None = None,
     with_tensor_scale: bool = False,
 ) -> Described:
-    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, random_bits
+    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, hadamard, random_bits
     f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
     out = torch.empty_like(x, dtype=dtype)
     g = None if scale_format is None else resolve(scale_format)
@@ -277,13 +296,16 @@ def quantize_operand(
     module = kernels("cuda_blocks")
     if module is None or tiling is None or x.dtype == torch.float64 or not fits_blocks(f, g):
         return out, None
+    if hadamard and not has_groups(block):
+        return out, None
     if tensor_scale is None:
         tensor_scale = x  # not looked at
     elif tensor_scale.get_device() != out.get_device():
         tensor_scale = torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=out.device)
     random_bits = out if random_bits is None else random_bits
     random_bits = random_bits if is_counted else in_order_of(out, random_bits)
-    constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, with_tensor_scale)
+    scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
+    constants = tiling.tile, f, g, saturation, rounding, scaling, hadamard
     tensors = [in_order_of(out, x), tensor_scale, random_bits, out]
     return out, Launch(
         module.quantize_operand_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options
@@ -335,9 +357,9 @@ DESCRIPTIONS = with_twins(
         "quantize_operand": quantize_operand,
     }
 )
-KERNELS = with_twins({"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul}) | {
-    name: served(name, describe) for name, describe in DESCRIPTIONS.items()
-}
+KERNELS = with_twins(
+    {"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul, "amax": amax}
+) | {name: served(name, describe) for name, describe in DESCRIPTIONS.items()}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

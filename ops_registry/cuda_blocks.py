@@ -8,7 +8,7 @@ as a tensor of four dimensions, [high, height, wide, width], so that what is of 
 import triton
 import triton.language as tl
 
-from .cuda_kernels import pack, pack_in_float64, project, quotient, with_sign_of
+from .cuda_kernels import pack, pack_in_float64, philox, project, quotient, with_sign_of
 
 _INTEGERS = ["rows", "columns", "tiles_down", "tiles_across", "step_out", "step_down", "step_across"]
 
@@ -81,13 +81,6 @@ def quotient_of(x, divisor, limit: tl.constexpr, format: tl.constexpr, rounding:
 
 
 @triton.jit
-def philox(random_ptr, block, is_wide: tl.constexpr):
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32) if is_wide else low * 0
-    return tl.philox(tl.load(random_ptr), low, high, low * 0, low * 0)
-
-
-@triton.jit
 def random_words(random_ptr, first, across, column, step, tile: tl.constexpr):
     """The words of a seed, as philox.py says, of elements that row-major order counts from first, by step a column.
 
@@ -142,23 +135,60 @@ def tile_of(rows, columns, tiles_down, tiles_across, tile: tl.constexpr):
 
 
 @triton.jit
-def project_tile(
-    x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
-    tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
-    rounding: tl.constexpr, scaling: tl.constexpr,
-):  # fmt: skip
-    """(magnitudes of values, numbers with their signs, multipliers, offsets) of a tile of blocks."""
-    index: tl.constexpr = tl.int64 if tile.is_wide else tl.int32
+def hadamard(x, tile: tl.constexpr):
+    """The transform of hadamard.py in groups of 16 down columns of blocks, or along their rows."""
+    groups: tl.constexpr = tile.high * tile.height_room * tile.wide * tile.width_room // 16
+    if tile.height > 1:
+        x = tl.permute(x, (0, 2, 3, 1))
+    is_negated = (0b1101_0111_1110_1000 >> tl.arange(0, 16)) & 1 == 1
+    y = x.reshape(groups, 16)
+    y = tl.where(is_negated[None, :], -y, y)
+    for _ in tl.static_range(4):  # the last bit of an element's place is summed over and becomes the first
+        a, b = tl.split(y.reshape(groups, 8, 2))
+        y = tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape(groups, 16)
+    y = y * 0.25
+    if tile.height > 1:
+        return tl.permute(y.reshape(tile.high, tile.wide, tile.width_room, tile.height_room), (0, 3, 1, 2))
+    return y.reshape(tile.high, tile.height_room, tile.wide, tile.width_room)
+
+
+@triton.jit
+def load_tile(x_ptr, matrix, rows, columns, down, across, tile: tl.constexpr, transforms: tl.constexpr):
+    """(numbers in float32, 0 where none exist, offsets, rows, columns, whether they exist) of a tile of blocks."""
     row, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
     column, column_exists = span(across * tile.wide, tile.wide, tile.width_room, tile.width, columns, 1)
     i = (matrix * rows + row) * columns + column
-    mask = None if tile.is_full else row_exists & column_exists
-    x = tl.load(x_ptr + i, mask, 0.0) if mask is not None else tl.load(x_ptr + i)
+    exists = row_exists & column_exists
+    x = tl.load(x_ptr + i) if tile.is_full else tl.load(x_ptr + i, exists, 0.0)
     x = x.to(tl.float32)
+    return hadamard(x, tile) if transforms else x, i, row, column, exists
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def largest_kernel(
+    x_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64, tiles_across: tl.int64, tile: tl.constexpr
+):
+    """The largest magnitude of each tile behind the Hadamard transform; NaN if one is NaN."""
+    matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
+    x, _, _, _, _ = load_tile(x_ptr, matrix, rows, columns, down, across, tile, True)
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as magnitudes, NaN behind infinity
+    largest = tl.max(bits.reshape(tile.high * tile.height_room * tile.wide * tile.width_room), axis=0)
+    tl.store(out_ptr + tl.program_id(0), largest.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def project_tile(
+    x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
+    tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
+    rounding: tl.constexpr, scaling: tl.constexpr, transforms: tl.constexpr,
+):  # fmt: skip
+    """(magnitudes of values, numbers with their signs, multipliers, offsets) of a tile of blocks."""
+    index: tl.constexpr = tl.int64 if tile.is_wide else tl.int32
+    x, i, row, column, exists = load_tile(x_ptr, matrix, rows, columns, down, across, tile, transforms)
     random = None
     if rounding == "stochastic":
         if random_ptr.dtype.element_ty != tl.int64:
-            random = tl.load(random_ptr + i, mask)
+            random = tl.load(random_ptr + i) if tile.is_full else tl.load(random_ptr + i, exists)
         else:
             first = matrix * step_out.to(index)
             first += down * tile.high * tile.height if tile.has_fours_down else row * step_down.to(index)
@@ -200,13 +230,13 @@ def quantize_operand_kernel(
     x_ptr, tensor_scale_ptr, random_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
     tiles_across: tl.int64, step_out: tl.int64, step_down: tl.int64, step_across: tl.int64, tile: tl.constexpr,
     format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
-    scaling: tl.constexpr,
+    scaling: tl.constexpr, transforms: tl.constexpr,
 ):  # fmt: skip
     """One tile of blocks a program; the steps are those of the row-major index of x, which random numbers go by."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
     r, q, multiplier, i = project_tile(
         x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
-        tile, format, scale_format, saturation, rounding, scaling,
+        tile, format, scale_format, saturation, rounding, scaling, transforms,
     )  # fmt: skip
     y = (with_sign_of(r, q, format) * multiplier).to(out_ptr.dtype.element_ty)
     store_tile(y, out_ptr, i, rows, columns, down, across, tile)
@@ -260,7 +290,7 @@ def encode_blocks_kernel(
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
     r, q, multiplier, i = project_tile(
         x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
-        tile, format, scale_format, saturation, rounding, scaling,
+        tile, format, scale_format, saturation, rounding, scaling, False,
     )  # fmt: skip
     store_scales(multiplier, scales_ptr, matrix, rows, columns, down, across, tile, scale_format, scaling.is_power)
     codes = pack(r, q, format)

@@ -335,10 +335,18 @@ def load_scale(
 
 
 @triton.jit
-def philox(seed, block, is_wide: tl.constexpr):
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32) if is_wide else low * 0
-    return tl.philox(seed, low, high, low * 0, low * 0)
+def philox(random_ptr, block, is_wide: tl.constexpr):
+    """The four words of a block, as philox.py says. A product of 64 bits has both halves, where tl.philox takes two."""
+    seed = tl.load(random_ptr).to(tl.uint64, bitcast=True)
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    x0 = block.to(tl.uint32)
+    x1, x2, x3 = (block >> 32).to(tl.uint32) if is_wide else x0 * 0, x0 * 0, x0 * 0
+    for _ in tl.static_range(10):
+        even, odd = x0.to(tl.uint64) * 0xD2511F53, x2.to(tl.uint64) * 0xCD9E8D57
+        x0, x1 = (odd >> 32).to(tl.uint32) ^ x1 ^ key0, odd.to(tl.uint32)
+        x2, x3 = (even >> 32).to(tl.uint32) ^ x3 ^ key1, even.to(tl.uint32)
+        key0, key1 = key0 + tl.full((), 0x9E3779B9, tl.uint32), key1 + tl.full((), 0xBB67AE85, tl.uint32)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -350,10 +358,10 @@ def random_of(
         random = tl.load(random_ptr + i, mask)
     elif columns % 4 == 0:  # and so is base: a block of words serves four elements of a row
         fours = base + row_stride * tl.arange(0, rows)[:, None] + 4 * tl.arange(0, columns // 4)[None, :]
-        x0, x1, x2, x3 = philox(tl.load(random_ptr), fours >> 2, is_wide)
+        x0, x1, x2, x3 = philox(random_ptr, fours >> 2, is_wide)
         random = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(rows, columns).to(tl.int32, bitcast=True)
     else:
-        x0, x1, x2, x3 = philox(tl.load(random_ptr), i >> 2, is_wide)
+        x0, x1, x2, x3 = philox(random_ptr, i >> 2, is_wide)
         is_odd = i % 2 == 1
         words = tl.where(i % 4 < 2, tl.where(is_odd, x1, x0), tl.where(is_odd, x3, x2))
         random = words.to(tl.int32, bitcast=True)

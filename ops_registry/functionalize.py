@@ -5,7 +5,8 @@ AOTAutograd backend, is in place whatever was compiled before, and imports nothi
 table beside it is what ``torch.onnx.export`` and DTensor read; it does not change what compile and export do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,31 +16,54 @@ from torch._decomp import register_decomposition
 from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import traceback
 
 from .aten import FORMULAS, KERNELS, project_to, quantize, with_sign_of_portable
 from .cpu import backend
+from .hadamard import is_transformed
 from .operators import IN_BLOCKS, OPERATORS, library, with_twins
 
 _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 
 
-def stays_opaque(name: str, x: Tensor) -> bool:
+def stays_opaque(name: str, x: Tensor, *args: Any) -> bool:
     """Whether compiled code calls the operator, whose kernel is better than what Inductor makes of the formula.
 
     On a GPU that reads x twice and, for blocks along columns, in an order that memory is slow in. On a CPU it takes as
     long, and a step of training three times as long to compile; there quantize_blocks stays open, so that a compiled
-    program needs no altgrad.
+    program needs no altgrad. amax is one of them behind a Hadamard transform.
     """
+    transforms = is_transformed(args)
     if x.is_cuda:
-        return name in IN_BLOCKS
-    return name.startswith("quantize_operand") and x.device.type == "cpu" and backend() != "aten"
+        return name in IN_BLOCKS or transforms
+    return (name.startswith("quantize_operand") or transforms) and x.device.type == "cpu" and backend() != "aten"
+
+
+@contextmanager
+def _in_its_pass() -> Iterator[None]:
+    """Keeps what the backward pass of a Function calls in the backward pass.
+
+    AOTAutograd would move to the forward pass what needs no incoming gradient, such as operands of saved x and weights,
+    and save them. There kernels are fewer and shorter, and launches what takes the time.
+    """
+    meta = traceback.current_meta
+    if type(torch._C._current_autograd_node()).__name__ != "ApplyTemplateBackward":  # as Dynamo's Functions are traced
+        yield
+        return
+    tag = meta.get("partitioner_tag")
+    meta["partitioner_tag"] = "must_be_in_backward"
+    try:
+        yield
+    finally:
+        meta["partitioner_tag"] = tag
 
 
 def _inlined(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_export = not config.decompose_custom_triton_ops
-        if is_export or stays_opaque(name, args[0]):
-            return mode.__torch_dispatch__(op, types, args, kwargs)
+        if is_export or stays_opaque(name, *args):
+            with _in_its_pass():
+                return mode.__torch_dispatch__(op, types, args, kwargs)
         if not all(t is Tensor or issubclass(t, _TRANSPARENT_TYPES) for t in types):
             return NotImplemented
         with mode:

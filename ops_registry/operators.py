@@ -34,6 +34,7 @@ _ROUNDING = f'str rounding="{ROUNDINGS[0]}"'
 _DETERMINISTIC = f"(Tensor x, Tensor scale, {_PROJECTION}, {_ROUNDING}) -> Tensor"
 _STOCHASTIC = f"(Tensor x, Tensor scale, Tensor random_bits, {_PROJECTION}) -> Tensor"
 _TO_DTYPE = ", ScalarType? dtype=None) -> Tensor"
+_OPERAND = ", ScalarType? dtype=None, bool hadamard=False) -> Tensor"
 _BLOCKS = "int[] block, str? power_of_two=None, str? scale_format=None, float headroom=1.0"
 _IN_BLOCKS = f"(Tensor x, Tensor? tensor_scale, str format, str saturation, str rounding, {_BLOCKS}) -> Tensor"
 _IN_BLOCKS_STOCHASTIC = (
@@ -124,7 +125,7 @@ def _blocks(
     return codes, x.new_empty(blocks_of(x, block), dtype=dtype)
 
 
-def _reduced(x: Tensor, dims: list[int]) -> Tensor:
+def _reduced(x: Tensor, dims: list[int], *hadamard: bool) -> Tensor:
     sizes = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
     return x.new_empty(sizes, dtype=compute_dtype(x.dtype))
 
@@ -159,10 +160,10 @@ OPERATORS = {
         _IN_BLOCKS_STOCHASTIC, stochastic(check_quantize_operand), _like_x, is_pointwise=False
     ),
     "quantize_operand": Operator(
-        _IN_BLOCKS.replace(") -> Tensor", _TO_DTYPE), check_quantize_operand, _in_dtype, is_pointwise=False
+        _IN_BLOCKS.replace(") -> Tensor", _OPERAND), check_quantize_operand, _in_dtype, is_pointwise=False
     ),
     "quantize_operand_stochastic": Operator(
-        _IN_BLOCKS_STOCHASTIC.replace(") -> Tensor", _TO_DTYPE),
+        _IN_BLOCKS_STOCHASTIC.replace(") -> Tensor", _OPERAND),
         stochastic(check_quantize_operand),
         _in_dtype,
         is_pointwise=False,
@@ -181,7 +182,7 @@ OPERATORS = {
         is_pointwise=False,
         is_laid_out_like_x=False,
     ),
-    "amax": Operator("(Tensor x, int[] dims) -> Tensor", check_amax, _reduced, False, False),
+    "amax": Operator("(Tensor x, int[] dims, bool hadamard=False) -> Tensor", check_amax, _reduced, False, False),
     "as_scale": Operator("(Tensor amax, float max_value) -> Tensor", check_as_scale, _like_x, is_pointwise=False),
     "pack": Operator("(Tensor codes, int bits) -> Tensor", check_pack, _packed, False, False),
     "unpack": Operator("(Tensor packed, int bits, SymInt n) -> Tensor", check_unpack, _unpacked, False, False),

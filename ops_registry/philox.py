@@ -1,7 +1,7 @@
 """Random bits from a counter: bit i follows from (seed, i) alone, by Philox-4x32-10 (Salmon et al., SC 2011).
 
 Element i of a tensor, counted in row-major order whatever its layout, takes word i mod 4 of the block with the counter
-i div 4 under the key seed. The same in csrc/philox.h and, by Triton's own Philox, in cuda_kernels.py.
+i div 4 under the key seed. The same in csrc/philox.h and in cuda_kernels.py.
 """
 
 import math

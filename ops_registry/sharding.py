@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .formats import resolve
+from .hadamard import SIZE, is_transformed
 from .operators import IN_BLOCKS, OPERATORS
 from .philox import random_words
 
@@ -47,12 +48,20 @@ def register() -> None:
         known[op] = RuntimeSchemaInfo(static_argnum=OPERATORS[name].tensors, needs_pytree=True)
 
 
-def _placements_of_amax(x: Any, dims: list[int]) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_amax(x: Any, dims: list[int], *hadamard: bool) -> list[tuple[list[Any], list[Any]]]:
     """Replicated, or split as x is: along what is reduced each part has its own largest."""
     from torch.distributed.tensor import Partial, Replicate
 
-    splits = {p: Partial("max") if p.dim in dims else p for p in x.placements if hasattr(p, "dim")}
-    return [([Replicate()], [Replicate(), None]), *(([result], [p, None]) for p, result in splits.items())]
+    options = [None] * (1 + len(hadamard))
+    splits = [p for p in x.placements if hasattr(p, "dim") and (not any(hadamard) or _has_whole_groups(x, p))]
+    results = [Partial("max") if p.dim in dims else p for p in splits]
+    choices = zip([Replicate(), *results], [Replicate(), *splits], strict=True)
+    return [([result], [p, *options]) for result, p in choices]
+
+
+def _has_whole_groups(x: Any, p: Any) -> bool:
+    """Whether no part of x begins or ends within 16 elements of the Hadamard transform."""
+    return p.dim != x.ndim - 1 or (p.is_shard() and x.shape[-1] % (SIZE * x.mesh.size()) == 0)
 
 
 def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[list[Any], list[Any]]]:
@@ -70,6 +79,8 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
             p.is_shard()
             and (block[p.dim] == 1 or (block[p.dim] > 0 and x.shape[p.dim] % (block[p.dim] * x.mesh.size()) == 0))
         )
+        if is_whole and is_transformed(args) and not p.is_replicate():
+            is_whole = _has_whole_groups(x, p)
         if is_whole and (p.is_replicate() or bits_are_split or not has_bits):
             of_bits = [p if bits_are_split else Replicate()] * has_bits
             choices.append(([p], [p, of_scale, *of_bits, *options]))

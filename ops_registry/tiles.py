@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .formats import FP8Format
+from .hadamard import SIZE
 
 Size = tuple[int, ...]
 
@@ -164,6 +165,11 @@ def fits_blocks(format: FP8Format, scale_format: FP8Format | None) -> bool:
     """Whether float32 has room for the arithmetic of both, and the values have a sign."""
     narrow = not format.needs_float64 and format.is_signed
     return narrow and (scale_format is None or (not scale_format.needs_float64 and scale_format.has_zero))
+
+
+def has_groups(block: list[int]) -> bool:
+    """Whether blocks are of whole groups of the Hadamard transform, each within a row or a column in memory."""
+    return all(size == 1 for size in block[:-1]) and (block[-1] == -1 or block[-1] % SIZE == 0)
 
 
 def most_of(max_value: float) -> float:

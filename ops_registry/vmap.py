@@ -65,8 +65,8 @@ def _leading(outputs: Any) -> tuple[Any, Any]:
     return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
 
-def _amax(info: Any, in_dims: tuple[int, None], x: Tensor, dims: list[int]) -> tuple[Tensor, int]:
-    return torch.ops.altgrad.amax(x.movedim(in_dims[0], 0), [dim + 1 for dim in dims]), 0
+def _amax(info: Any, in_dims: tuple[Any, ...], x: Tensor, dims: list[int], *args: Any) -> tuple[Tensor, int]:
+    return torch.ops.altgrad.amax(x.movedim(in_dims[0], 0), [dim + 1 for dim in dims], *args), 0
 
 
 def _as_scale(info: Any, in_dims: tuple[int, None], amax: Tensor, max_value: float) -> tuple[Tensor, int]:

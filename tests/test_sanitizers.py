@@ -18,6 +18,7 @@ TARGETS = ["avx512", "avx2", "baseline"]
 RUN = {
     "test_cpu.py": ["sizes_and_guards", "one_special_among_many", "16_bit_conversions", "amax", "random_layouts"],
     "test_encode_blocks.py": ["blocks", "random_bits", "threads"],
+    "test_hadamard.py": ["c_kernel"],
     "test_matmul.py": ["targets", "scales_of_blocks_in_exact_rationals"],
     "test_packing.py": ["packing_of_every_instruction_set"],
     "test_quantize_blocks.py": ["blocks", "random_bits", "results", "threads"],

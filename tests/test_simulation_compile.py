@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from altgrad.simulation import RECIPES, disabled, linear, simulate
+from ops_registry.cpu import backend
 
 SEVERAL = ["fp8_current", "fp8_delayed", "mxfp8", "nvfp4"]
 
@@ -145,6 +148,22 @@ def test_inductor_in_bfloat16_sees_the_operands_of_eager(recipe):
             dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
             results.append([t.bfloat16() for t in (y, *torch.autograd.grad(y, (x, layer.weight), dy))])
         assert all((a == b).float().mean() >= share for a, b in zip(*results))
+
+
+@pytest.mark.skipif(backend() == "aten", reason="the operator is a node of compiled code where C kernels serve")
+@pytest.mark.parametrize(("recipe", "forward", "backward"), [("mxfp8", 2, 4), ("nvfp4", 2, 3)])
+def test_operands_are_made_in_their_pass(recipe, forward, backward):
+    """Those of x and of weights in the backward pass too, though they could be made and kept in the forward pass."""
+    counts = []
+
+    def count(graph, inputs):
+        counts.append(sum("quantize_operand" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    compiler = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    x, w = torch.randn(32, 64, requires_grad=True), torch.randn(48, 64, requires_grad=True)
+    torch.compile(lambda x, w: linear(x, w, None, recipe), backend=compiler)(x, w).sum().backward()
+    assert counts == [forward, backward]
 
 
 def test_disabled_has_a_graph_of_its_own():

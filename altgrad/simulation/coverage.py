@@ -35,7 +35,7 @@ class Coverage(NamedTuple):
     """What :func:`coverage` found; printed, a table of it.
 
     uncovered: the products in high precision. simulated: how many products had a quantized operand. total: how many
-    products aten was called with, Hadamard transforms apart; an operator for all of attention counts as one.
+    products aten was called with; an operator for all of attention counts as one.
     """
 
     uncovered: list[Uncovered]
@@ -101,7 +101,7 @@ class _Counter(TorchDispatchMode):
         self.names = names
         self.running: list[tuple[str, int]] = []
         self.ran: list[tuple[int, int, str]] = []
-        self.announced: bool | None = False
+        self.announced = False
         self.simulated = 0
         self.uncovered: Counter[tuple[str, str, str, str]] = Counter()
 
@@ -123,7 +123,7 @@ class _Counter(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def hear(self, is_simulated: bool | None) -> None:
+    def hear(self, is_simulated: bool) -> None:
         self.announced = is_simulated
 
     def place(self) -> tuple[str, str]:
@@ -143,7 +143,7 @@ class _Counter(TorchDispatchMode):
         if "::" not in name and _PRODUCT.search(name) and not _NO_PRODUCT.search(name):
             if self.announced:
                 self.simulated += 1
-            elif self.announced is not None:
+            else:
                 shapes = ["x".join(map(str, t.shape)) for t in tree_leaves(args) if isinstance(t, Tensor)]
                 self.uncovered[*self.place(), name, ", ".join(shapes)] += 1
             self.announced = False

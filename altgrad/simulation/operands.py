@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ops_registry.arithmetic import divide
 from ops_registry.aten import split
 from ops_registry.blocks import blocked, unblocked
 from ops_registry.functionalize import stays_opaque
+from ops_registry.hadamard import SIZE, hadamard
 from ops_registry.philox import random_bits
 from ops_registry.scales import block_level
 from ops_registry.sharding import whole
@@ -26,7 +28,6 @@ from ..quantization.magnitudes import amax, percentile
 from ..quantization.ops import quantize
 from ..quantization.scaling import _least_error, _rounded_scale, factors_of
 from ..quantization.two_levels import Levels
-from .hadamard import hadamard
 from .recipes import Rule
 
 BFLOAT16_BITS = 8
@@ -77,10 +78,10 @@ def quantize_operand(
     dtype is that of the layer, where x has another one. is_apart: the values are the format's, and all scales apart.
     """
     dtype = operand_dtype(dtype or x.dtype, rule)
-    if transform:
-        x = hadamard(x)
+    if transform and (missing := -x.shape[-1] % SIZE):
+        x = pad(x, (0, missing))
     if rule is None or rule.format is None:
-        return Operand(x)
+        return Operand(hadamard(x) if transform else x)
     in_blocks = is_of_blocks(rule) and not is_apart
     if (
         torch.compiler.is_compiling()
@@ -93,7 +94,8 @@ def quantize_operand(
     f = resolve(rule.format)
     bits = state.seed if rule.is_stochastic else None
     if in_blocks:
-        return quantize_in_blocks(x, rule, f, bits, dtype)
+        return quantize_in_blocks(x, rule, f, bits, dtype, transform > 0)
+    x = hadamard(x) if transform else x
     block = block_of(rule, x)
     view, dims = blocked(x, block)
     if bits is not None and view.numel() != x.numel():
@@ -128,15 +130,17 @@ def is_of_blocks(rule: Rule) -> bool:
     return is_current and rule.per != "tensor" and (is_rounded or rule.per != "row")
 
 
-def quantize_in_blocks(x: Tensor, rule: Rule, f: FP8Format, bits: Tensor | None, dtype: torch.dtype) -> Operand:
+def quantize_in_blocks(
+    x: Tensor, rule: Rule, f: FP8Format, bits: Tensor | None, dtype: torch.dtype, transforms: bool
+) -> Operand:
     """The operand by one operator; its scale is that of the whole tensor, where scales have a format of their own."""
     outer = None
     if rule.scale_format is not None:
-        largest = PerTensor().apply(amax, x)
+        largest = torch.ops.altgrad.amax(x, list(range(x.ndim)), transforms)
         largest = largest if rule.headroom == 1 else largest * rule.headroom
         top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
         outer = torch.ops.altgrad.as_scale(largest, top).reshape(())
-    options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, dtype
+    options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, dtype, transforms
     if bits is None:
         values = torch.ops.altgrad.quantize_operand(x, outer, f.name, rule.saturation, rule.rounding, *options)
     else:

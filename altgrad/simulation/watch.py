@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-observers: list[Callable[[bool | None], Any]] = []
+observers: list[Callable[[bool], Any]] = []
 # Each is called with what product was called with, a and b and the recipe, and with its result.
 recorders: list[Callable[[Tensor, Tensor, Any, Tensor], Any]] = []
 
 
-def announce(is_simulated: bool | None) -> None:
-    """Says of the next product whether it has a quantized operand; None: it is a transform of operands."""
+def announce(is_simulated: bool) -> None:
+    """Says of the next product whether it has a quantized operand."""
     for observe in observers:
         observe(is_simulated)

@@ -54,6 +54,7 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 #include "loops.h"
 #include "pack.h"
 #include "blocks.h"
+#include "hadamard.h"
 #include "matmul.h"
 #undef FLOAT
 #undef INT
@@ -156,6 +157,13 @@ void FOR_TARGET(altgrad_matmul_, TARGET)(int64_t begin, int64_t end, void *produ
     for (; begin < end; begin++) {
         (p->is_double ? product_panel64 : product_panel32)(p, begin);
     }
+    leave_default(caller);
+}
+
+/* Strips begin to end of a struct transform. */
+void FOR_TARGET(altgrad_transform_, TARGET)(int64_t begin, int64_t end, void *transform) {
+    const environment caller = enter_default();
+    transform_range(transform, begin, end);
     leave_default(caller);
 }
 

@@ -23,6 +23,7 @@ void altgrad_random_baseline(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_baseline(int64_t begin, int64_t end, void *product);
 void altgrad_blocks_baseline(int64_t begin, int64_t end, void *blocks);
 void altgrad_pack_baseline(int64_t begin, int64_t end, void *packing);
+void altgrad_transform_baseline(int64_t begin, int64_t end, void *transform);
 #ifdef ALTGRAD_X86
 void altgrad_range_avx2(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx2(int64_t begin, int64_t end, void *rows);
@@ -30,17 +31,19 @@ void altgrad_random_avx2(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_avx2(int64_t begin, int64_t end, void *product);
 void altgrad_blocks_avx2(int64_t begin, int64_t end, void *blocks);
 void altgrad_pack_avx2(int64_t begin, int64_t end, void *packing);
+void altgrad_transform_avx2(int64_t begin, int64_t end, void *transform);
 void altgrad_range_avx512(int64_t begin, int64_t end, void *call);
 void altgrad_amax_avx512(int64_t begin, int64_t end, void *rows);
 void altgrad_random_avx512(int64_t begin, int64_t end, void *words);
 void altgrad_matmul_avx512(int64_t begin, int64_t end, void *product);
 void altgrad_blocks_avx512(int64_t begin, int64_t end, void *blocks);
 void altgrad_pack_avx512(int64_t begin, int64_t end, void *packing);
+void altgrad_transform_avx512(int64_t begin, int64_t end, void *transform);
 #endif
 
 enum { GRAIN = 32768 }; /* elements that are worth a thread, as in ATen */
 
-static range_function range, amax, random_words, matmul, blocks, pack;
+static range_function range, amax, random_words, matmul, blocks, pack, transform;
 static parallel_function parallel;
 
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
@@ -52,19 +55,19 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
 #endif
     const struct {
         const char *name;
-        range_function range, amax, random, matmul, blocks, pack;
+        range_function range, amax, random, matmul, blocks, pack, transform;
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
         {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512,
-         altgrad_blocks_avx512, altgrad_pack_avx512,
+         altgrad_blocks_avx512, altgrad_pack_avx512, altgrad_transform_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
         {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2,
-         altgrad_pack_avx2, has_avx2},
+         altgrad_pack_avx2, altgrad_transform_avx2, has_avx2},
 #endif
         {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline,
-         altgrad_blocks_baseline, altgrad_pack_baseline, 1},
+         altgrad_blocks_baseline, altgrad_pack_baseline, altgrad_transform_baseline, 1},
     };
     parallel = parallel_for;
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
@@ -75,6 +78,7 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
             matmul = targets[i].matmul;
             blocks = targets[i].blocks;
             pack = targets[i].pack;
+            transform = targets[i].transform;
             return targets[i].name;
         }
     }
@@ -153,6 +157,9 @@ EXPORT void altgrad_matmul(struct product *p) {
     const int64_t panels = (p->columns + PANEL - 1) / PANEL, row_tiles = (p->rows + ROWS - 1) / ROWS;
     run(matmul, p->batch * panels * row_tiles, GRAIN / (ROWS * PANEL * (p->size + 1)) + 1, p);
 }
+
+/* The groups of a Hadamard transform, of strips of 1024 elements or, at the end of rows, fewer. */
+EXPORT void altgrad_transform(struct transform *t, int64_t strips) { run(transform, strips, GRAIN / 1024, t); }
 
 /* The strips of blocks. */
 EXPORT void altgrad_blocks(struct blocks *b, int64_t strips) {

@@ -81,6 +81,14 @@ struct words {
     uint32_t *out;
 };
 
+/* The groups of a Hadamard transform by hadamard.h, down the columns of matrices behind each other or along rows. */
+struct transform {
+    const char *x;
+    float *out;
+    int64_t groups, columns;
+    int32_t dtype, is_down;
+};
+
 /* Rows of n codes of bits each, packed by pack.h or unpacked. */
 struct packing {
     const uint8_t *in;
