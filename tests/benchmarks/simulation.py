@@ -8,6 +8,7 @@ operators of altgrad.quantization, and torchao's float8 training, where torchao 
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -99,6 +100,7 @@ PEERS = {"bfloat16": lambda model: None, "fake quantization by hand": by_hand, "
 def measure(change, device, compiles, shape, context, batch):
     """(median step, first step) in milliseconds and peak memory in GB."""
     torch.compiler.reset()
+    gc.collect()  # the model before, which its compiled code refers to
     torch.manual_seed(0)
     model = GPT2(*shape, context).to(device)
     simulation = change(model)
