@@ -46,7 +46,13 @@ class Operand(NamedTuple):
     @property
     def transposed(self) -> "Operand":
         """The operand of the other direction, where one scale is the whole tensor's."""
-        return Operand(self.values.mT, self.scale)
+        return Operand(transposed(self.values), self.scale)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """``x.mT``, by a method: Dynamo takes an attribute of a saved tensor for another one, saved with no check of its
+    version, and such tensors live as long as the whole graph of a loss."""
+    return x.transpose(-2, -1)
 
 
 class Scales(NamedTuple):

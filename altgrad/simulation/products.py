@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .operands import Operand, State, quantize_operand
+from .operands import Operand, State, quantize_operand, transposed
 from .recipes import Product, Recipe, Rule
 from .watch import announce, recorders
 
@@ -126,7 +126,7 @@ def gradients_of(
         if shared is not None and is_shared(recipe):
             first = shared.transposed
         else:
-            first = quantize_operand(grad.mT, rules.left, rules.hadamard, state.of(4), is_apart=is_apart)
+            first = quantize_operand(transposed(grad), rules.left, rules.hadamard, state.of(4), is_apart=is_apart)
         other = backward_operand(a, left, rules, state.of(5), grad.dtype, is_apart)
         of_b = multiply(first, other, rules, grad.dtype, accumulator=recipe.accumulators[2])
     return [of_a, of_b, grad.sum(-2, keepdim=ctx.bias_ndim > 1) if ctx.needs_input_grad[2] else None]
@@ -176,13 +176,13 @@ def backward_operand(
     """The second operand of a product of the backward pass: from the tensor itself, or from the forward operand."""
     if kept is None:
         assert source is not None
-        return quantize_operand(source.mT, rules.right, rules.hadamard, state, is_apart=is_apart)
+        return quantize_operand(transposed(source), rules.right, rules.hadamard, state, is_apart=is_apart)
     if rules.right is None or rules.right.source != "forward":
         return kept.transposed
     if rules.right.format is None and not rules.hadamard:
         return kept.transposed
     x = kept.values if kept.scale is None else kept.values * kept.scale
-    return quantize_operand(x.mT, rules.right, rules.hadamard, state, dtype, is_apart)
+    return quantize_operand(transposed(x), rules.right, rules.hadamard, state, dtype, is_apart)
 
 
 def multiply(
@@ -254,4 +254,4 @@ def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def turned(scale: Tensor) -> Tensor:
     """A scale of each row [..., N, 1] as one of each column of the product; that of a tensor as it is."""
-    return scale.mT if scale.ndim > 1 else scale
+    return transposed(scale) if scale.ndim > 1 else scale
