@@ -158,9 +158,8 @@ def test_operands_are_made_in_their_pass(recipe, forward, backward):
 
     def count(graph, inputs):
         counts.append(sum("quantize_operand" in str(node.target) for node in graph.graph.nodes))
-        assert not any(
-            "saved_tensor_with_no_vc_check" in node.meta for node in graph.graph.nodes
-        )  # it would not be freed
+        # What is saved so would live as long as the loss does.
+        assert not any("saved_tensor_with_no_vc_check" in node.meta for node in graph.graph.nodes)
         return make_boxed_func(graph)
 
     compiler = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
