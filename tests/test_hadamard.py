@@ -27,11 +27,12 @@ CASES = [
     ((2, 24, 64), [1, 1, 16], False),
     ((1, 32), [1, 16], True),
     ((64, 32), [16, 16], True),
+    ((64, 32), [16, 16], False),
     ((6, 32), [1, 8], False),
     ((32,), [16], False),
     ((0, 32), [1, 16], False),
-    ((200, 1040), [1, 16], False),
-    ((200, 1040), [1, 16], True),
+    ((40, 144), [1, 16], False),
+    ((40, 144), [1, 16], True),
 ]
 cases = pytest.mark.parametrize(("shape", "block", "is_turned"), CASES, ids=str)
 
@@ -118,6 +119,17 @@ def test_c_kernel(shape, block, is_turned, dtype):
                 cpu.select(cpu._native, cpu.backend())
             assert_same_bits(got, by_steps(x), x)
             assert got.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.skipif(cpu.backend() == "aten", reason="needs the C kernels")
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_threads_of_the_c_kernel(is_turned):
+    x, threads = sample((200, 1040), is_turned), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_same_bits(cpu.transform(x), by_steps(x), x)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["formula", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
