@@ -62,6 +62,7 @@ _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
 _transform = struct.Struct("2P2q2i").pack  # struct transform
 _GROUPS = 64  # of csrc/hadamard.h
+_ROWS = 64  # enough for every thread to have some
 Size = tuple[int, ...]
 
 
@@ -207,6 +208,8 @@ def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     first = x.ndim  # of the last dimensions that are all among dims
     while first - 1 in dims:
         first -= 1
+    while first < x.ndim - 1 and x.shape[:first].numel() < _ROWS:
+        first += 1  # rows for threads; they are reduced below
     if first in (0, x.ndim) or not x.is_contiguous() or x.numel() == 0:
         return aten.amax(x, dims)
     largest = x.new_empty([*x.shape[:first], *[1] * (x.ndim - first)])
