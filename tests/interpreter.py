@@ -1,5 +1,6 @@
 """Triton's interpreter: kernels on the CPU, in a process of their own, for the tests named ``interpreted``."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,17 @@ except ImportError:
     triton = None
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETS:
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def patch_for_good(function, patch=interpreter._patch_lang):
+        """Triton puts its interpreter into the language anew for every call of a function, a third of all its time."""
+        patch(function)
+        return interpreter._LangPatchScope()  # of nothing to restore
+
+    interpreter._patch_lang = patch_for_good
+
 interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
 
 

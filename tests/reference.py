@@ -13,11 +13,13 @@ import numpy as np
 
 def code_value(f, code):
     """Value of a code without sign by section 1 of the contract, the specials not yet considered."""
-    exponent, mantissa = code >> f.mantissa_bits, code & ((1 << f.mantissa_bits) - 1)
-    fraction = Fraction(mantissa, 1 << f.mantissa_bits)
+    exponent, significand = code >> f.mantissa_bits, code & ((1 << f.mantissa_bits) - 1)
     if exponent > 0 or not has_zero(f):
-        return Fraction(2) ** (exponent - f.bias) * (1 + fraction)
-    return Fraction(2) ** (1 - f.bias) * fraction
+        significand += 1 << f.mantissa_bits
+    else:
+        exponent = 1
+    power = exponent - f.bias - f.mantissa_bits
+    return Fraction(significand << power) if power > 0 else Fraction(significand, 1 << -power)
 
 
 def has_zero(f):
@@ -46,7 +48,7 @@ def special(f, code):
 def finite_values(f):
     """The non-negative finite values, ascending; the index of a value is its code."""
     values = [code_value(f, code) for code in range(sign_bit(f)) if special(f, code) is None]
-    assert values == sorted(set(values))
+    assert all(a < b for a, b in pairwise(values))
     return values
 
 
@@ -88,7 +90,7 @@ def grid(f):
     midpoints = [(a + b) / 2 for a, b in pairwise(values)]
     as_floats = [np.array([float(v) for v in vs]) for vs in (values, midpoints)]
     for exact, floats in zip((values, midpoints), as_floats):
-        assert all(Fraction(x) == e for x, e in zip(floats.tolist(), exact))
+        assert all(x.as_integer_ratio() == e.as_integer_ratio() for x, e in zip(floats.tolist(), exact))
     return as_floats
 
 

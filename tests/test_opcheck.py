@@ -39,9 +39,12 @@ def test_opcheck(layout, dtype, requires_grad, device):
     row = torch.rand(x.shape[-1:], device=device) + 0.1
     column = torch.rand([*x.shape[-2:-1], 1][: x.ndim], device=device) + 0.1
     for i, (name, sample) in enumerate(SAMPLES.items()):
-        op, args = getattr(ag, name).default, sample(x, (row, column, scalar)[i % 3])
-        # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad.
-        is_traced = not requires_grad or any(t.requires_grad for t in pytree.tree_leaves(op(*args)))
+        op, scale = getattr(ag, name).default, (row, column, scalar)[i % 3]
+        args, of_leaf = sample(x, scale), sample(x.detach().requires_grad_(), scale)
+        # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad; where one does,
+        # its graph holds the forward one of the same layout, which alone is made of one layout.
+        has_gradient = any(t.requires_grad for t in pytree.tree_leaves(op(*of_leaf)))
+        is_traced = requires_grad == has_gradient or (has_gradient and layout == "contiguous")
         torch.library.opcheck(op, args, test_utils=DEFAULT_TEST_UTILS if is_traced else DEFAULT_TEST_UTILS[:3])
     torch.library.opcheck(ag.quantize.default, (x, scalar.requires_grad_(requires_grad), "E4M3FNUZ"))
 
