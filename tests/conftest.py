@@ -1,5 +1,6 @@
 """What the tests share: the formats, the devices, inputs that break roundings, and the comparison of bits."""
 
+import functools
 import os
 import re
 import subprocess
@@ -70,6 +71,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in set(deselected)]
 
 
+@functools.cache
+def fill_inductors_table_once():
+    """Its one table of dtypes is filled again for each operation of a kernel, a quarter of the time to compile it."""
+    from torch._inductor.codegen import common
+
+    common.DtypePropagationOpsHandler = functools.cache(common.DtypePropagationOpsHandler)
+
+
 @pytest.fixture(autouse=True)
 def _compiles_only_where_marked(request, monkeypatch):
     """Holds the marker ``compiles`` to its word: no other test starts Inductor or a process.
@@ -77,6 +86,7 @@ def _compiles_only_where_marked(request, monkeypatch):
     Those of a GPU may, since Triton compiles.
     """
     if request.node.get_closest_marker("compiles") or request.node.get_closest_marker("gpu"):
+        fill_inductors_table_once()
         return
 
     def refuse(*args, **kwargs):
