@@ -18,7 +18,7 @@ if INTERPRETS:
 
     @functools.cache
     def patch_for_good(function, patch=interpreter._patch_lang):
-        """Triton puts its interpreter into the language anew for every call of a function, a third of all its time."""
+        """Triton puts its interpreter into the language anew for every call of a function: a quarter of its time."""
         patch(function)
         return interpreter._LangPatchScope()  # of nothing to restore
 
