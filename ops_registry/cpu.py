@@ -329,7 +329,7 @@ def matmul(
     return out
 
 
-_blocks = struct.Struct("6P9q7f6i").pack  # struct blocks
+_blocks = struct.Struct("6P9q7f7i").pack  # struct blocks
 
 
 def quantize_operand(
@@ -411,11 +411,13 @@ def _run_blocks(
     smallest = 2.0**-126 if g is None else g.smallest_normal or g.smallest_subnormal
     above = 1.0 if tensor_scale is None else tensor_scale.item()
     top = f.max_representable_value
+    of_scales = 0 if scaling.is_power else 24 if g is None or scaling.with_tensor_scale else 1 + g.mantissa_bits
+    is_short = 1 + f.mantissa_bits + of_scales <= 8
     numbers = scaling.headroom, top, scaling.most, smallest, scaling.factor, scaling.second_factor, above
-    how = scaling.with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent, packs
+    rule = scaling.with_tensor_scale, scaling.is_power, scaling.by_quotient, scaling.carry, scaling.exponent
     plans = _address(plan), 0 if level is None else _address(level)
     data = out.data_ptr(), 0 if scales is None else scales.data_ptr(), x.data_ptr(), random.data_ptr()
-    _native.altgrad_blocks(_blocks(*plans, *data, *strips.integers, *numbers, *how), strips.number)
+    _native.altgrad_blocks(_blocks(*plans, *data, *strips.integers, *numbers, *rule, is_short, packs), strips.number)
 
 
 def _random_of(random_bits: Tensor | None, out: Tensor, strips: Strips) -> tuple[Tensor, torch.dtype]:

@@ -211,6 +211,20 @@ def test_threads(block):
     assert_same_bits(got, aten.KERNELS["quantize_blocks"](*args), x)
 
 
+@pytest.mark.parametrize("block", [(1, 32), (1, 16), (32, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [("E4M3", ("rceil", None)), ("E2M1", (None, "E4M3")), ("e3m2b20f", (None, "e4m3b120f"))],  # the last loses bits
+    ids=str,
+)
+def test_products_of_few_bits(name, scaling, block):
+    """Values by scales have few bits, which bfloat16 holds until they are below its smallest numbers."""
+    x = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) * 2.0 ** -torch.arange(96, 128).view(-1, 1)
+    x, scale = x.to(torch.bfloat16), None if scaling[0] else torch.tensor(1.0)
+    args = x, scale, name, *NEAREST, list(block), *scaling, 1.0, torch.bfloat16
+    assert_same_bits(torch.ops.altgrad.quantize_operand(*args), operand(*args), x)
+
+
 @pytest.mark.compiles
 def test_compiled_with_a_smaller_last_block():
     """Where zeros filled it up, Inductor's C++ made NaN of its elements."""

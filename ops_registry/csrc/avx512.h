@@ -45,7 +45,7 @@ INLINE __m512i rounded_to_bfloat16(__m512 numbers) {
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
 }
 
-INLINE void store_pair(void *to, enum dtype dtype, int64_t i, struct pair p) {
+INLINE void store_pair(void *to, enum dtype dtype, int is_short, int64_t i, struct pair p) {
     uint16_t *halves = (uint16_t *)to + i;
     if (dtype == FLOAT32) {
         _mm512_storeu_ps((float *)to + i, p.a);
@@ -55,8 +55,9 @@ INLINE void store_pair(void *to, enum dtype dtype, int64_t i, struct pair p) {
         _mm256_storeu_si256((void *)halves, _mm512_cvtps_ph(p.a, nearest));
         _mm256_storeu_si256((void *)(halves + 16), _mm512_cvtps_ph(p.b, nearest));
     } else {
-        const __m512i even = _mm512_srli_epi32(rounded_to_bfloat16(p.a), 16), odd = rounded_to_bfloat16(p.b);
-        _mm512_storeu_si512(halves, _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd));
+        const __m512i even = is_short ? _mm512_castps_si512(p.a) : rounded_to_bfloat16(p.a);
+        const __m512i odd = is_short ? _mm512_castps_si512(p.b) : rounded_to_bfloat16(p.b);
+        _mm512_storeu_si512(halves, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd));
     }
 }
 
@@ -137,14 +138,16 @@ struct vectors {
     const float *divisor, *multiplier;
     const uint32_t *random;
     int64_t n;
+    int is_short;
 };
 
-/* Returns the largest |q|, as quantize_each does. The last pair may begin in the one before it. */
-INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, int shared, enum variant variant,
-                                 enum rounding rounding, const struct format32 *format) {
+/* Returns the largest |q|, as quantize_each does. The last pair may begin in the one before it. Short products are cut
+ * to bfloat16; where that loses a bit, as of subnormals, UINT32_MAX is returned instead. */
+INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, int is_short, int shared,
+                                 enum variant variant, enum rounding rounding, const struct format32 *format) {
     const struct vectors v = *operands;
     const struct format32 f = *format;
-    __m512i most = _mm512_setzero_si512();
+    __m512i most = _mm512_setzero_si512(), used = most; /* bits of products */
     struct pair random = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t next = 0; next < v.n; next += 32) {
         const int64_t i = next < v.n - 32 ? next : v.n - 32;
@@ -156,18 +159,27 @@ INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtyp
         struct pair y = {_mm512_div_ps(x.a, divisor.a), _mm512_div_ps(x.b, divisor.b)};
         y.a = project_vector(y.a, _mm512_castps_si512(random.a), variant, rounding, &f, &most);
         y.b = project_vector(y.b, _mm512_castps_si512(random.b), variant, rounding, &f, &most);
-        store_pair(v.out, dtype, i, (struct pair){_mm512_mul_ps(y.a, multiplier.a), _mm512_mul_ps(y.b, multiplier.b)});
+        y = (struct pair){_mm512_mul_ps(y.a, multiplier.a), _mm512_mul_ps(y.b, multiplier.b)};
+        used = _mm512_ternarylogic_epi32(used, _mm512_castps_si512(y.a), _mm512_castps_si512(y.b), 0xfe);
+        store_pair(v.out, dtype, is_short, i, y);
+    }
+    if (is_short && _mm512_test_epi32_mask(used, _mm512_set1_epi32(0xffff)) != 0) {
+        return UINT32_MAX;
     }
     return (uint32_t)_mm512_reduce_max_epi32(most);
 }
 
 static uint32_t quantize_chunk512(const struct vectors *v, enum dtype dtype, int shared, enum variant variant,
                                   enum rounding rounding, const struct format32 *f) {
+    if (v->is_short && variant == PLAIN && dtype == BFLOAT16 && shared > 1) {
+        return shared == 16 ? quantize_vectors(v, BFLOAT16, 1, 16, PLAIN, NEAREST_TIES_TO_EVEN, f)
+                            : quantize_vectors(v, BFLOAT16, 1, 32, PLAIN, NEAREST_TIES_TO_EVEN, f);
+    }
 #define EACH_SCALE(DTYPE, VARIANT, ROUNDING)                                                                           \
-    shared == 0    ? quantize_vectors(v, DTYPE, 0, VARIANT, ROUNDING, f)                                               \
-    : shared == 1  ? quantize_vectors(v, DTYPE, 1, VARIANT, ROUNDING, f)                                               \
-    : shared == 16 ? quantize_vectors(v, DTYPE, 16, VARIANT, ROUNDING, f)                                              \
-                   : quantize_vectors(v, DTYPE, 32, VARIANT, ROUNDING, f)
+    shared == 0    ? quantize_vectors(v, DTYPE, 0, 0, VARIANT, ROUNDING, f)                                            \
+    : shared == 1  ? quantize_vectors(v, DTYPE, 0, 1, VARIANT, ROUNDING, f)                                            \
+    : shared == 16 ? quantize_vectors(v, DTYPE, 0, 16, VARIANT, ROUNDING, f)                                           \
+                   : quantize_vectors(v, DTYPE, 0, 32, VARIANT, ROUNDING, f)
 #define EACH_DTYPE(VARIANT, ROUNDING)                                                                                  \
     return dtype == FLOAT32   ? EACH_SCALE(FLOAT32, VARIANT, ROUNDING)                                                 \
            : dtype == FLOAT16 ? EACH_SCALE(FLOAT16, VARIANT, ROUNDING)                                                 \

@@ -22,7 +22,7 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
         for (int64_t i = 0; i < n; i++) {
             quotients[i] = amax[i] / max_value / tensor_scale;
         }
-        quantize32(b->level, &f, quotients, r->ones, r->ones, 1, NULL, multiplier, n);
+        quantize32(b->level, &f, quotients, r->ones, r->ones, 1, 0, NULL, multiplier, n);
         for (int64_t i = 0; i < n; i++) {
             const float level = multiplier[i] < b->smallest ? b->smallest : multiplier[i];
             divisor[i] = level * tensor_scale;
@@ -98,7 +98,7 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, divisor);
         return;
     }
-    quantize32(p, f, x, divisor, multiplier, shared, random, b->out + at * size_of(p->out_dtype), n);
+    quantize32(p, f, x, divisor, multiplier, shared, b->is_short, random, b->out + at * size_of(p->out_dtype), n);
 }
 
 /* The largest magnitudes of n columns up to a row, as bits: NaN lies behind infinity. */

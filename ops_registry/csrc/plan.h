@@ -72,6 +72,7 @@ struct blocks {
     float tensor_scale;                    /* above scales in a format */
     int32_t with_tensor_scale, is_power;   /* whether values are multiplied by it; scales are powers of two: */
     int32_t by_quotient, carry, exponent;  /* of amax or of its quotient, with what rounds up and what is taken off */
+    int32_t is_short;                      /* whether values by what multiplies them have at most 8 significant bits */
     int32_t packs;                         /* whether codes are packed to their width */
 };
 
