@@ -41,12 +41,10 @@ def test_opcheck(name, layout, dtype, requires_grad, device):
     x = LAYOUTS[layout]().to(device, dtype)
     row, column = x.shape[-1:], [*x.shape[-2:-1], 1][: x.ndim]
     scale = torch.rand((row, column, ())[[*SAMPLES].index(name) % 3], device=device) + 0.1
-    op, leaf = getattr(ag, name).default, x.detach().requires_grad_()
-    # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad; where one does, its
-    # graph holds the forward one of the same layout, which alone is made of one layout.
-    has_gradient = any(t.requires_grad for t in pytree.tree_leaves(op(*SAMPLES[name](leaf, scale))))
-    is_traced = requires_grad == has_gradient or (has_gradient and layout == "contiguous")
-    args = SAMPLES[name](leaf if requires_grad else x, scale)
+    op = getattr(ag, name).default
+    args = SAMPLES[name](x.detach().requires_grad_(requires_grad), scale)
+    # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad.
+    is_traced = not requires_grad or any(t.requires_grad for t in pytree.tree_leaves(op(*args)))
     torch.library.opcheck(op, args, test_utils=DEFAULT_TEST_UTILS if is_traced else DEFAULT_TEST_UTILS[:3])
 
 
