@@ -31,7 +31,7 @@ from .checks import (
     check_quantize,
 )
 from .formats import FP8Format
-from .hadamard import hadamard as transform
+from .hadamard import transformed
 from .layout import in_order_of_memory, inverse, order_in_memory, with_layout_of_input
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
@@ -345,7 +345,7 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
 def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     """The largest |x| along dims, which keep the size 1, in the compute dtype; NaN if one is NaN, 0 of nothing."""
     check_amax(x, dims, hadamard)
-    x = transform(x) if hadamard else x
+    x = transformed(x) if hadamard else x
     dtype = compute_dtype(x.dtype)
     if any(type(size) is int and size == 0 for size in x.shape):
         return x.new_zeros([1 if dim in dims else size for dim, size in enumerate(x.shape)], dtype=dtype)

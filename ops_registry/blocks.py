@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from .arithmetic import compute_dtype
 from .checks import check_encode_blocks, check_quantize_operand
 from .formats import FP8Format, resolve
-from .hadamard import hadamard as transform
+from .hadamard import transformed
 from .modes import SEED
 from .operators import blocks_of
 from .philox import random_bits as bits_of
@@ -41,7 +41,7 @@ def quantize_operand(
     dtype = dtype or x.dtype
     options = block, power_of_two, scale_format, headroom, dtype
     f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options, hadamard, random_bits)
-    x = transform(x) if hadamard else x
+    x = transformed(x) if hadamard else x
     for dim, size in enumerate(x.shape):
         if missing := _missing(size, block[dim]):
             # Apart from each other: of whole blocks and zeros that fill up the last, Inductor's C++ makes wrong bits.

@@ -33,13 +33,12 @@ from .checks import (
     check_unpack,
 )
 from .formats import FP8Format, resolve
-from .hadamard import SIZE as GROUP
-from .hadamard import hadamard as formula_of_transform
+from .hadamard import SIZE, transformed
 from .layout import laid_out_as, strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
-from .tiles import Scaling, Strips, fits_blocks, matrices_of, scaling_of, strips_of
+from .tiles import CHUNK, Scaling, Strips, fits_blocks, matrices_of, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
@@ -61,7 +60,7 @@ _DTYPES = {
 _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
 _transform = struct.Struct("2P2q2i").pack  # struct transform
-_GROUPS = 64  # of csrc/hadamard.h
+_GROUPS = CHUNK // SIZE  # of csrc/hadamard.h
 _ROWS = 64  # enough for every thread to have some
 Size = tuple[int, ...]
 
@@ -189,10 +188,10 @@ def _run(plan: bytes, out: Tensor, x: Tensor, scale: Tensor, random_bits: Tensor
 def transform(x: Tensor) -> Tensor:
     """The Hadamard transform of x, laid out as x is."""
     out = torch.empty_like(x, dtype=compute_dtype(x.dtype))
-    m = matrices_of(x.shape, out.stride(), (*[1] * (x.ndim - 1), GROUP), False)
+    m = matrices_of(x.shape, out.stride(), (*[1] * (x.ndim - 1), SIZE), False)
     if m is None or x.dtype == torch.float64:
-        return formula_of_transform(x)
-    is_down, groups = m.width == 1, x.numel() // GROUP
+        return transformed(x)
+    is_down, groups = m.width == 1, x.numel() // SIZE
     across = -(-m.columns // _GROUPS)
     strips = groups // m.columns * across if is_down else -(-groups // _GROUPS)
     x = laid_out_as(out, x)

@@ -221,7 +221,8 @@ def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     module = kernels("cuda_blocks")
     if not hadamard or module is None or len(dims) < x.ndim or x.dtype == torch.float64:
         return aten.amax(x, dims, hadamard)
-    x = laid_out_as(torch.empty_like(x), x)
+    is_dense = x.is_contiguous() or (x.ndim > 1 and x.mT.is_contiguous())
+    x = x if is_dense else x.contiguous()
     tiling = tiling_of(x.shape, x.stride(), (*[1] * (x.ndim - 1), SIZE), False)
     if tiling is None or tiling.programs == 0:
         return aten.amax(x, dims, hadamard)

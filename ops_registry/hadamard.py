@@ -10,7 +10,7 @@ SIZE = 16
 NEGATED = 0b1101_0111_1110_1000
 
 
-def hadamard(x: Tensor) -> Tensor:
+def transformed(x: Tensor) -> Tensor:
     """``x' = x diag(signs) H / 4`` for groups of 16, with Sylvester's H; in float32 (or float64).
 
     The transform is orthogonal: two operands that are transformed alike have the product that they had. A sum of 16 is

@@ -78,9 +78,8 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
         is_whole = p.is_replicate() or (
             p.is_shard()
             and (block[p.dim] == 1 or (block[p.dim] > 0 and x.shape[p.dim] % (block[p.dim] * x.mesh.size()) == 0))
+            and (not is_transformed(args) or _has_whole_groups(x, p))
         )
-        if is_whole and is_transformed(args) and not p.is_replicate():
-            is_whole = _has_whole_groups(x, p)
         if is_whole and (p.is_replicate() or bits_are_split or not has_bits):
             of_bits = [p if bits_are_split else Replicate()] * has_bits
             choices.append(([p], [p, of_scale, *of_bits, *options]))

@@ -285,6 +285,19 @@ def codes_of_two_bytes_after_one(size):
 
 
 @case
+def no_part_splits_a_group_of_the_transform(size):
+    """Nor where blocks of 8 would allow it: parts of 24 elements are gathered, of 64 are not."""
+    for columns, placement in itertools.product((16 * size // 2 * 3, 64 * size), PLACEMENTS):
+        x = randn(4 * size, columns)
+        part = distribute_tensor(x, meshes(size)[0], [placement])
+        modes = "E2M1", "propagate", "nearest_ties_to_even", [1, 8], "rceil", None, 1.0, torch.float32, True
+        got = ag.quantize_operand(part, None, *modes)
+        assert_same_bits(got.full_tensor(), ag.quantize_operand(x, None, *modes))
+        assert got.placements[0] == placement or (placement == Shard(1) and columns < 64 * size)
+        assert_same_bits(ag.amax(part, [0, 1], True).full_tensor(), ag.amax(x, [0, 1], True))
+
+
+@case
 def products_are_sums_of_whole_contractions(size):
     """Split along rows or columns; a split contraction is gathered, since parts of a sum are other sums."""
     a, b = quantize(randn(7, 40), "E4M3"), quantize(randn(40, 9, seed=1), "E4M3")

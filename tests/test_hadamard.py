@@ -11,7 +11,7 @@ from interpreter import interpreted, run_interpreted, runs_interpreted
 
 from ops_registry import aten, blocks, cpu, cuda
 from ops_registry.arithmetic import compute_dtype
-from ops_registry.hadamard import hadamard
+from ops_registry.hadamard import transformed
 
 SIGNS = np.float32([1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
 NEAREST = "propagate", "nearest_ties_to_even"
@@ -66,9 +66,7 @@ def check_operands(op, stochastic, shape, block, is_turned, device):
         (torch.tensor(0.37), (None, "E4M3", 1.0625)),
     ):
         for dtype in (None, torch.float32):
-            want = blocks.quantize_operand(
-                *(y, scale, "E2M1", *NEAREST, block, *options), torch.bfloat16 if dtype is None else dtype
-            )
+            want = blocks.quantize_operand(*(y, scale, "E2M1", *NEAREST, block, *options), dtype or torch.bfloat16)
             on = None if scale is None else scale.to(device)
             got = op(x.to(device), on, "E2M1", *NEAREST, block, *options, dtype, True)
             assert_same_bits(got, want, y)
@@ -87,7 +85,7 @@ def check_amax(op, shape, is_turned, device):
     x = sample(shape, is_turned)
     if x.ndim > 1:
         x = x[..., -1:, :]  # of all, NaN and none
-        assert_same_bits(op(x.to(device), [0, 1][: x.ndim] if x.ndim < 3 else [0, 1, 2], True), largest(x))
+        assert_same_bits(op(x.to(device), list(range(x.ndim)), True), largest(x))
     x = sample(shape, is_turned)
     assert_same_bits(op(x.to(device), list(range(x.ndim)), True), largest(x))
 
@@ -101,7 +99,7 @@ def largest(x):
 @pytest.mark.parametrize("is_turned", [False, True])
 def test_definition(dtype, is_turned):
     x = sample((7, 64), is_turned, dtype)
-    got = hadamard(x)
+    got = transformed(x)
     assert_same_bits(got, by_steps(x), x)
     assert got.stride() == x.stride()
 

@@ -17,7 +17,7 @@ from ops_registry.arithmetic import divide
 from ops_registry.aten import split
 from ops_registry.blocks import blocked, unblocked
 from ops_registry.functionalize import stays_opaque
-from ops_registry.hadamard import SIZE, hadamard
+from ops_registry.hadamard import SIZE, transformed
 from ops_registry.philox import random_bits
 from ops_registry.scales import block_level
 from ops_registry.sharding import whole
@@ -87,7 +87,7 @@ def quantize_operand(
     if transform and (missing := -x.shape[-1] % SIZE):
         x = pad(x, (0, missing))
     if rule is None or rule.format is None:
-        return Operand(hadamard(x) if transform else x)
+        return Operand(transformed(x) if transform else x)
     in_blocks = is_of_blocks(rule) and not is_apart
     if (
         torch.compiler.is_compiling()
@@ -101,7 +101,7 @@ def quantize_operand(
     bits = state.seed if rule.is_stochastic else None
     if in_blocks:
         return quantize_in_blocks(x, rule, f, bits, dtype, transform > 0)
-    x = hadamard(x) if transform else x
+    x = transformed(x) if transform else x
     block = block_of(rule, x)
     view, dims = blocked(x, block)
     if bits is not None and view.numel() != x.numel():

@@ -19,32 +19,25 @@ static void transform_groups(float (*restrict v)[GROUPS]) {
 static void transform_range(const struct transform *t, int64_t begin, int64_t end) {
     const int64_t strips_across = t->is_down ? (t->columns + GROUPS - 1) / GROUPS : 1;
     float buffer[CHUNK], v[GROUP][GROUPS] = {{0}};
+    const int64_t apart = t->is_down ? t->columns : 1, step = t->is_down ? 1 : GROUP; /* of elements, and of groups */
     for (int64_t strip = begin; strip < end; strip++) {
         const int64_t down = strip / strips_across, first = strip % strips_across * GROUPS;
         const int64_t left = t->is_down ? t->columns - first : t->groups - strip * GROUPS;
-        const int64_t n = left < GROUPS ? left : GROUPS,
-                      at = t->is_down ? down * GROUP * t->columns + first : strip * CHUNK;
-        const float *x = buffer;
-        if (!t->is_down) {
-            x = convert32(t->x + at * size_of(t->dtype), t->dtype, n * GROUP, buffer);
-        }
+        const int64_t n = left < GROUPS ? left : GROUPS;
+        const int64_t at = t->is_down ? down * GROUP * t->columns + first : strip * CHUNK;
+        const char *raw = t->x + at * size_of(t->dtype);
+        const float *x = t->is_down ? NULL : convert32(raw, t->dtype, n * GROUP, buffer);
         for (int64_t i = 0; i < GROUP; i++) {
             const float sign = NEGATED >> i & 1 ? -1 : 1;
-            const int64_t step = t->is_down ? 1 : GROUP;
-            const float *row = x + i;
-            if (t->is_down) {
-                row = convert32(t->x + (at + i * t->columns) * size_of(t->dtype), t->dtype, n, buffer);
-            }
+            const float *row = t->is_down ? convert32(raw + i * apart * size_of(t->dtype), t->dtype, n, buffer) : x + i;
             for (int64_t group = 0; group < n; group++) {
                 v[i][group] = sign * row[group * step];
             }
         }
         transform_groups(v);
         for (int64_t i = 0; i < GROUP; i++) {
-            float *out = t->out + at + (t->is_down ? i * t->columns : i);
-            const int64_t step = t->is_down ? 1 : GROUP;
             for (int64_t group = 0; group < n; group++) {
-                out[group * step] = v[i][group] * 0.25f;
+                t->out[at + i * apart + group * step] = v[i][group] * 0.25f;
             }
         }
     }
