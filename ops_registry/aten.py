@@ -382,6 +382,7 @@ FORMULAS = with_twins(
         "dequantize": dequantize,
         "quantize_blocks": blocks.quantize_blocks,
         "quantize_operand": blocks.quantize_operand,
+        "quantize_operands": blocks.quantize_operands,
         "encode_blocks": blocks.encode_blocks,
         "amax": amax,
         "as_scale": as_scale,

@@ -215,7 +215,10 @@ def _register_kernel(name: str, rule: Rule) -> None:
 
 
 # Without gradients, these need no Python on the way to their kernel, which costs as much as the launch of one.
-WITHOUT_GRADIENTS = "quantize_operand", "quantize_operand_stochastic", "encode_blocks", "encode_blocks_stochastic"
+WITHOUT_GRADIENTS = (
+    *("quantize_operand", "quantize_operand_stochastic", "quantize_operands"),
+    *("encode_blocks", "encode_blocks_stochastic"),
+)
 for _name in WITHOUT_GRADIENTS:
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 

@@ -1,7 +1,8 @@
 """Quantization by scales that are made of the blocks themselves, composed of the other operators.
 
 quantize_blocks multiplies values by their scales; quantize_operand leaves out that of the tensor, for a product to be
-multiplied by, and has no gradient: it is for the inside of a Function. encode_blocks gives packed codes and scales.
+multiplied by, and has no gradient: it is for the inside of a Function. quantize_operands does it in two directions, for
+two products. encode_blocks gives packed codes and scales.
 
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .arithmetic import compute_dtype
-from .checks import check_encode_blocks, check_quantize_operand
+from .checks import check_encode_blocks, check_quantize_operand, check_quantize_operands
 from .formats import FP8Format, resolve
 from .hadamard import transformed
 from .modes import SEED
@@ -70,6 +71,38 @@ def quantize_operand(
 
 def quantize_blocks(*args: Any, **random_bits: Any) -> Tensor:
     return quantize_operand(*args, **random_bits | {"with_tensor_scale": True})
+
+
+def quantize_operands(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    turned_scale: Tensor | None,
+    seed: Tensor | None,
+    turned_seed: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    dtype: torch.dtype | None = None,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x as an operand, and x transposed as another one, behind the Hadamard transform where hadamard."""
+    options = block, power_of_two, scale_format, headroom, dtype
+    check_quantize_operands(
+        *(x, tensor_scale, turned_scale, seed, turned_seed, format, saturation, rounding), *options, hadamard
+    )
+
+    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, hadamard: bool) -> Any:
+        if seed is None:
+            args = x, scale, format, saturation, rounding, *options, hadamard
+            return torch.ops.altgrad.quantize_operand(*args)
+        return torch.ops.altgrad.quantize_operand_stochastic(x, scale, seed, format, saturation, *options, hadamard)
+
+    first = operand(x, tensor_scale, seed, False)
+    return first, operand(x.transpose(-2, -1), turned_scale, turned_seed, hadamard)
 
 
 def encode_blocks(

@@ -126,6 +126,35 @@ def check_quantize_operand(
     return resolve(format)
 
 
+def check_quantize_operands(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    turned_scale: Tensor | None,
+    seed: Tensor | None,
+    turned_seed: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    dtype: torch.dtype | None = None,
+    hadamard: bool = False,
+) -> FP8Format:
+    """Checks the arguments of quantize_operands; returns the format."""
+    if x.ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions to be transposed, got {x.ndim}")
+    for random_bits in (seed, turned_seed):
+        if (random_bits is not None) != (rounding == "stochastic"):
+            raise ValueError(f"rounding 'stochastic' needs a seed for each output and others none, got {rounding!r}")
+        if random_bits is not None and random_bits.dtype != SEED:
+            raise TypeError(f"a seed must have dtype {SEED}, got {random_bits.dtype}")
+    options = format, saturation, rounding, block, power_of_two, scale_format, headroom, dtype
+    check_quantize_operand(x, tensor_scale, *options, False, seed)
+    return check_quantize_operand(x.transpose(-2, -1), turned_scale, *options, hadamard, turned_seed)
+
+
 def check_encode_blocks(x: Tensor, *args: Any, **random_bits: Any) -> FP8Format:
     """Checks the arguments of encode_blocks; returns the format."""
     f = check_quantize_operand(x, *args, **random_bits)

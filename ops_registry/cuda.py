@@ -26,6 +26,7 @@ from .checks import (
     check_project,
     check_quantize,
     check_quantize_operand,
+    check_quantize_operands,
     check_unpack,
 )
 from .formats import FP8Format, resolve
@@ -36,7 +37,7 @@ from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
 from .philox import random_bits as bits_of
-from .tiles import fits_blocks, has_groups, most_of, scaling_of, tiling_of
+from .tiles import both_of, fits_blocks, has_groups, most_of, scaling_of, tiling_of
 
 Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
@@ -299,10 +300,7 @@ def quantize_operand(
         return out, None
     if hadamard and not has_groups(block):
         return out, None
-    if tensor_scale is None:
-        tensor_scale = x  # not looked at
-    elif tensor_scale.get_device() != out.get_device():
-        tensor_scale = torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=out.device)
+    tensor_scale = x if tensor_scale is None else beside(out, tensor_scale)  # x is not looked at
     random_bits = out if random_bits is None else random_bits
     random_bits = random_bits if is_counted else in_order_of(out, random_bits)
     scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
@@ -311,6 +309,54 @@ def quantize_operand(
     return out, Launch(
         module.quantize_operand_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options
     )
+
+
+def beside(x: Tensor, tensor_scale: Tensor) -> Tensor:
+    """A scale, which may be a 0-d tensor on the CPU, on the device of x."""
+    if tensor_scale.get_device() == x.get_device():
+        return tensor_scale
+    return torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=x.device)
+
+
+def quantize_operands(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    turned_scale: Tensor | None,
+    seed: Tensor | None,
+    turned_seed: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    dtype: torch.dtype | None = None,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Both from one read where x is whole tiles in blocks along the last dimension, elsewhere as aten does."""
+    tensors, modes = (x, tensor_scale, turned_scale, seed, turned_seed), (format, saturation, rounding)
+    args: tuple[Any, ...] = *tensors, *modes, block, power_of_two, scale_format, headroom, dtype, hadamard
+    f = check_quantize_operands(*args)
+    g = None if scale_format is None else resolve(scale_format)
+    outputs = out, turned = OPERATORS["quantize_operands"].output(*args)
+    along, down = outputs if out.is_contiguous() else (turned, out)  # of blocks in rows of memory, and in columns
+    is_dense = along.is_contiguous() and down.stride() == along.transpose(-2, -1).stride()
+    both = both_of(along.shape, block[-1]) if is_dense and all(size == 1 for size in block[:-1]) else None
+    module = kernels("cuda_blocks")
+    is_served = x.dtype != torch.float64 and fits_blocks(f, g) and (not hadamard or has_groups(block))
+    if module is None or both is None or not is_served:
+        return blocks.quantize_operands(*args)
+    inputs = [(x if s is None else beside(x, s), x if t is None else t) for s, t in zip(tensors[1:3], tensors[3:])]
+    transforms = False, hadamard
+    if along is turned:
+        inputs, transforms = inputs[::-1], transforms[::-1]
+    (along_scale, along_seed), (down_scale, down_seed) = inputs
+    pointers = [in_order_of(out, x), along_scale, down_scale, along_seed, down_seed, along, down]
+    scaling = scaling_of(f, power_of_two, headroom, False)
+    constants = both.along, both.down, f, g, saturation, rounding, scaling, *transforms
+    start(Launch(module.quantize_operands_kernel, both.programs, pointers, both.integers, constants, both.options))
+    return out, turned
 
 
 def encode_blocks(
@@ -338,8 +384,7 @@ def encode_blocks(
     out, scales = OPERATORS["encode_blocks"].output(*args)
     packs = f.bits < 8 and x.shape[-1] % 8 == 0 and tiling.has_eights
     codes = out if packs or f.bits == 8 else torch.empty_like(x, dtype=torch.uint8)
-    if tensor_scale is not None and tensor_scale.get_device() != x.get_device():
-        tensor_scale = torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=x.device)
+    tensor_scale = None if tensor_scale is None else beside(x, tensor_scale)
     random_bits = random_bits if is_counted or random_bits is None else random_bits.contiguous()
     constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, False), packs
     tensors = [x, *(x if t is None else t for t in (tensor_scale, random_bits)), scales, codes]  # x is not looked at
@@ -359,7 +404,14 @@ DESCRIPTIONS = with_twins(
     }
 )
 KERNELS = with_twins(
-    {"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul, "amax": amax}
+    {
+        "quantize_operands": quantize_operands,
+        "encode_blocks": encode_blocks,
+        "pack": pack,
+        "unpack": unpack,
+        "matmul": matmul,
+        "amax": amax,
+    }
 ) | {name: served(name, describe) for name, describe in DESCRIPTIONS.items()}
 
 for _name, _kernel in KERNELS.items():

@@ -153,15 +153,19 @@ def hadamard(x, tile: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x_ptr, matrix, rows, columns, down, across, tile: tl.constexpr, transforms: tl.constexpr):
-    """(numbers in float32, 0 where none exist, offsets, rows, columns, whether they exist) of a tile of blocks."""
+def place_tile(matrix, rows, columns, down, across, tile: tl.constexpr):
+    """(offsets, rows, columns, whether they exist) of a tile of blocks."""
     row, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
     column, column_exists = span(across * tile.wide, tile.wide, tile.width_room, tile.width, columns, 1)
-    i = (matrix * rows + row) * columns + column
-    exists = row_exists & column_exists
+    return (matrix * rows + row) * columns + column, row, column, row_exists & column_exists
+
+
+@triton.jit
+def load_tile(x_ptr, matrix, rows, columns, down, across, tile: tl.constexpr):
+    """The numbers of a tile of blocks in float32, 0 where none exist."""
+    i, _, _, exists = place_tile(matrix, rows, columns, down, across, tile)
     x = tl.load(x_ptr + i) if tile.is_full else tl.load(x_ptr + i, exists, 0.0)
-    x = x.to(tl.float32)
-    return hadamard(x, tile) if transforms else x, i, row, column, exists
+    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -170,7 +174,7 @@ def largest_kernel(
 ):
     """The largest magnitude of each tile behind the Hadamard transform; NaN if one is NaN."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
-    x, _, _, _, _ = load_tile(x_ptr, matrix, rows, columns, down, across, tile, True)
+    x = hadamard(load_tile(x_ptr, matrix, rows, columns, down, across, tile), tile)
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as magnitudes, NaN behind infinity
     largest = tl.max(bits.reshape(tile.high * tile.height_room * tile.wide * tile.width_room), axis=0)
     tl.store(out_ptr + tl.program_id(0), largest.to(tl.float32, bitcast=True))
@@ -178,21 +182,21 @@ def largest_kernel(
 
 @triton.jit
 def project_tile(
-    x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
+    x, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
     tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
-    rounding: tl.constexpr, scaling: tl.constexpr, transforms: tl.constexpr,
+    rounding: tl.constexpr, scaling: tl.constexpr,
 ):  # fmt: skip
-    """(magnitudes of values, numbers with their signs, multipliers, offsets) of a tile of blocks."""
+    """(magnitudes of values, numbers with their signs, multipliers, offsets) of the numbers of a tile of blocks."""
     index: tl.constexpr = tl.int64 if tile.is_wide else tl.int32
-    x, i, row, column, exists = load_tile(x_ptr, matrix, rows, columns, down, across, tile, transforms)
+    i, row, column, exists = place_tile(matrix, rows, columns, down, across, tile)
     random = None
     if rounding == "stochastic":
         if random_ptr.dtype.element_ty != tl.int64:
             random = tl.load(random_ptr + i) if tile.is_full else tl.load(random_ptr + i, exists)
         else:
-            first = matrix * step_out.to(index)
-            first += down * tile.high * tile.height if tile.has_fours_down else row * step_down.to(index)
-            random = random_words(random_ptr, first, across * tile.wide, column, step_across.to(index), tile)
+            first = matrix * tl.cast(step_out, index)
+            first += down * tile.high * tile.height if tile.has_fours_down else row * tl.cast(step_down, index)
+            random = random_words(random_ptr, first, across * tile.wide, column, tl.cast(step_across, index), tile)
     # Magnitudes are ordered as their bits are, NaN behind infinity.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
@@ -225,6 +229,21 @@ def store_tile(y, out_ptr, i, rows, columns, down, across, tile: tl.constexpr):
         tl.store(out_ptr + i, y, row_exists & column_exists)
 
 
+@triton.jit
+def store_operand(
+    x, tensor_scale_ptr, random_ptr, out_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
+    tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
+    rounding: tl.constexpr, scaling: tl.constexpr, transforms: tl.constexpr,
+):  # fmt: skip
+    """The values of the numbers of a tile of blocks, behind the Hadamard transform where it transforms."""
+    r, q, multiplier, i = project_tile(
+        hadamard(x, tile) if transforms else x, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across,
+        step_out, step_down, step_across, tile, format, scale_format, saturation, rounding, scaling,
+    )  # fmt: skip
+    y = (with_sign_of(r, q, format) * multiplier).to(out_ptr.dtype.element_ty)
+    store_tile(y, out_ptr, i, rows, columns, down, across, tile)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def quantize_operand_kernel(
     x_ptr, tensor_scale_ptr, random_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64,
@@ -234,12 +253,32 @@ def quantize_operand_kernel(
 ):  # fmt: skip
     """One tile of blocks a program; the steps are those of the row-major index of x, which random numbers go by."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
-    r, q, multiplier, i = project_tile(
-        x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
-        tile, format, scale_format, saturation, rounding, scaling, transforms,
+    x = load_tile(x_ptr, matrix, rows, columns, down, across, tile)
+    store_operand(
+        x, tensor_scale_ptr, random_ptr, out_ptr, matrix, rows, columns, down, across, step_out, step_down,
+        step_across, tile, format, scale_format, saturation, rounding, scaling, transforms,
     )  # fmt: skip
-    y = (with_sign_of(r, q, format) * multiplier).to(out_ptr.dtype.element_ty)
-    store_tile(y, out_ptr, i, rows, columns, down, across, tile)
+
+
+@triton.jit(do_not_specialize=_INTEGERS[:4])
+def quantize_operands_kernel(
+    x_ptr, along_scale_ptr, down_scale_ptr, along_seed_ptr, down_seed_ptr, along_ptr, down_ptr, rows: tl.int64,
+    columns: tl.int64, tiles_down: tl.int64, tiles_across: tl.int64, along_tile: tl.constexpr,
+    down_tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
+    rounding: tl.constexpr, scaling: tl.constexpr, along_transforms: tl.constexpr, down_transforms: tl.constexpr,
+):  # fmt: skip
+    """One tile a program, as operands of blocks along rows and of blocks down columns of contiguous matrices."""
+    matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, along_tile)
+    x = load_tile(x_ptr, matrix, rows, columns, down, across, along_tile)
+    store_operand(
+        x, along_scale_ptr, along_seed_ptr, along_ptr, matrix, rows, columns, down, across, rows * columns, columns, 1,
+        along_tile, format, scale_format, saturation, rounding, scaling, along_transforms,
+    )  # fmt: skip
+    x = x.reshape(down_tile.high, down_tile.height_room, down_tile.wide, down_tile.width_room)
+    store_operand(
+        x, down_scale_ptr, down_seed_ptr, down_ptr, matrix, rows, columns, down, across, rows * columns, 1, rows,
+        down_tile, format, scale_format, saturation, rounding, scaling, down_transforms,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -289,8 +328,9 @@ def encode_blocks_kernel(
     """:func:`quantize_operand_kernel` for codes, packed where packs, and a scale a block."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
     r, q, multiplier, i = project_tile(
-        x_ptr, tensor_scale_ptr, random_ptr, matrix, rows, columns, down, across, step_out, step_down, step_across,
-        tile, format, scale_format, saturation, rounding, scaling, False,
+        load_tile(x_ptr, matrix, rows, columns, down, across, tile), tensor_scale_ptr, random_ptr, matrix, rows,
+        columns, down, across, step_out, step_down, step_across, tile, format, scale_format, saturation, rounding,
+        scaling,
     )  # fmt: skip
     store_scales(multiplier, scales_ptr, matrix, rows, columns, down, across, tile, scale_format, scaling.is_power)
     codes = pack(r, q, format)

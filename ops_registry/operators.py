@@ -24,6 +24,7 @@ from .checks import (
     check_project,
     check_quantize,
     check_quantize_operand,
+    check_quantize_operands,
     check_unpack,
 )
 from .formats import resolve
@@ -42,6 +43,10 @@ _IN_BLOCKS_STOCHASTIC = (
 )
 
 _TWO = "-> (Tensor, Tensor)"
+_OPERANDS = (
+    "(Tensor x, Tensor? tensor_scale, Tensor? turned_scale, Tensor? seed, Tensor? turned_seed, "
+    f"str format, str saturation, str rounding, {_BLOCKS}) -> Tensor"
+)
 
 
 class Operator(NamedTuple):
@@ -100,6 +105,10 @@ def _values(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None
 
 def _in_dtype(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, dtype=next((a for a in args if isinstance(a, torch.dtype)), None))
+
+
+def _both(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _in_dtype(x, *args), _in_dtype(x.transpose(-2, -1), *args)
 
 
 def blocks_of(x: Tensor, block: list[int]) -> list[int]:
@@ -167,6 +176,13 @@ OPERATORS = {
         stochastic(check_quantize_operand),
         _in_dtype,
         is_pointwise=False,
+    ),
+    "quantize_operands": Operator(
+        _OPERANDS.replace(") -> Tensor", _OPERAND.replace("-> Tensor", _TWO)),
+        check_quantize_operands,
+        _both,
+        is_pointwise=False,
+        is_laid_out_like_x=False,
     ),
     "encode_blocks": Operator(
         _IN_BLOCKS.replace("-> Tensor", _TWO),

@@ -33,6 +33,7 @@ def register() -> None:
         name: _placements_of_stored_blocks for name in IN_BLOCKS if name.startswith("encode_blocks")
     }
     rules |= {
+        "quantize_operands": _placements_of_operands,
         "amax": _placements_of_amax,
         "as_scale": _placements_of_elements,
         "pack": _placements_of_rows,
@@ -83,6 +84,26 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
         if is_whole and (p.is_replicate() or bits_are_split or not has_bits):
             of_bits = [p if bits_are_split else Replicate()] * has_bits
             choices.append(([p], [p, of_scale, *of_bits, *options]))
+    return choices
+
+
+def _placements_of_operands(
+    x: Any, tensor_scale: Any, turned_scale: Any, seed: Any, turned_seed: Any, *args: Any
+) -> list[tuple[list[Any], list[Any]]]:
+    """Replicated, or split as x is where no block of either direction is, and no seed counts elements."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    others = [None if t is None else Replicate() for t in (tensor_scale, turned_scale, seed, turned_seed)]
+    options = [None] * len(args)
+    *outer, height, width = next(argument for argument in args if isinstance(argument, list | tuple))
+    of_both = -1 if -1 in (height, width) else math.lcm(height, width)
+    down = math.lcm(of_both, SIZE) if of_both > 0 and is_transformed(args) else of_both
+    turned = {x.ndim - 2: x.ndim - 1, x.ndim - 1: x.ndim - 2}
+    choices: list[tuple[list[Any], list[Any]]] = []
+    for (p,), _ in _placements_of_blocks(x, None, "", [*outer, down, of_both]):
+        if p.is_replicate() or seed is None:
+            of_turned = Shard(turned.get(p.dim, p.dim)) if p.is_shard() else p
+            choices.append(([p, of_turned], [p, *others, *options]))
     return choices
 
 

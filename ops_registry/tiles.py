@@ -15,6 +15,8 @@ TILE = 4096  # elements of a program, where its blocks are not larger
 PER_WARP = 1024  # elements of 32 threads
 # Of a program of columns, whose threads have eight columns each: fewer of them share a scale, which each one finds.
 COLUMNS_TILE, COLUMNS_PER_WARP, COLUMNS_ACROSS = 2048, 2048, 64
+# Of a program of both directions: its rows and columns where blocks are not larger, and elements of 32 threads.
+BOTH_DOWN, BOTH_ACROSS, BOTH_PER_WARP, BOTH_BLOCK = 32, 64, 1024, 128
 MAX_BLOCK = 16384  # the largest block, of sizes that are powers of two, that a program holds
 ACROSS = 128  # columns of a tile of several rows
 _LARGEST = (2.0 - 2.0**-23) * 2.0**127
@@ -129,6 +131,31 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     options = {"num_warps": max(1, min(16, elements // per_warp))}
     programs = m.stack * tiles_down * tiles_across if n else 0
     return Tiling(programs, (m.rows, m.columns, tiles_down, tiles_across, *m.steps), tile, options)
+
+
+class Both(NamedTuple):
+    """The same tiles of matrices in blocks along rows, and in blocks down columns."""
+
+    programs: int
+    integers: Size
+    along: Tile
+    down: Tile
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def both_of(shape: Size, size: int) -> Both | None:
+    """How programs share contiguous matrices in blocks of size elements; None where tiles and blocks are not whole."""
+    rows, columns = shape[-2:]
+    high, wide = max(BOTH_DOWN, size), max(BOTH_ACROSS, size)
+    has_whole_blocks = 4 <= size <= BOTH_BLOCK and size == _power_of_two(size)
+    if not has_whole_blocks or rows % high or columns % wide:
+        return None
+    n, is_aligned = math.prod(shape), columns % 16 == 0
+    along = Tile(high, 1, 1, wide // size, size, size, True, is_aligned, n > _NARROW, True, False)
+    down = Tile(high // size, size, size, wide, 1, 1, True, is_aligned, n > _NARROW, False, True)
+    options = {"num_warps": max(1, high * wide // BOTH_PER_WARP)}
+    return Both(n // (high * wide), (rows, columns, rows // high, columns // wide), along, down, options)
 
 
 class Strips(NamedTuple):

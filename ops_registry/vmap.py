@@ -60,6 +60,37 @@ def _in_blocks(name: str) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
+def _operands(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    turned_scale: Tensor | None,
+    seed: Tensor | None,
+    turned_seed: Tensor | None,
+    format: str,
+    saturation: str,
+    rounding: str,
+    block: list[int],
+    power_of_two: str | None = None,
+    scale_format: str | None = None,
+    headroom: float = 1.0,
+    dtype: torch.dtype | None = None,
+    hadamard: bool = False,
+) -> tuple[Any, Any]:
+    """The two calls of the formula, each by its rule."""
+    x, options = _stack(info, x, in_dims[0]), (block, power_of_two, scale_format, headroom, dtype)
+    rule = _in_blocks("quantize_operand" if seed is None else "quantize_operand_stochastic")
+
+    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, dims: Any, hadamard: bool) -> Any:
+        modes = (format, saturation, rounding) if seed is None else (seed, format, saturation)
+        return rule(info, (0, *dims), x, scale, *modes, *options, hadamard)[0]
+
+    first = operand(x, tensor_scale, seed, in_dims[1:4:2], False)
+    second = operand(x.transpose(-2, -1), turned_scale, turned_seed, in_dims[2:5:2], hadamard)
+    return _leading((first, second))
+
+
 def _leading(outputs: Any) -> tuple[Any, Any]:
     """An output, or several, with the batch dimension in front."""
     return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
@@ -90,7 +121,8 @@ def _matmul(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, *a
 
 
 for _name in IN_BLOCKS:
-    torch.library.register_vmap(f"altgrad::{_name}", _in_blocks(_name), lib=library)
+    _batching = _operands if _name == "quantize_operands" else _in_blocks(_name)
+    torch.library.register_vmap(f"altgrad::{_name}", _batching, lib=library)
 torch.library.register_vmap("altgrad::matmul", _matmul, lib=library)
 torch.library.register_vmap("altgrad::pack", _pack, lib=library)
 torch.library.register_vmap("altgrad::unpack", _unpack, lib=library)

@@ -60,6 +60,11 @@ SAMPLES = {
         *(x, None, random_bits(x), "E5M2", "finite"),
         [*[1] * (x.ndim - 1), 2][: x.ndim],
     ),
+    "quantize_operands": lambda x, scale: (
+        *(x if x.ndim > 1 else x.reshape(1, -1), tensor_scale(x), 2 * tensor_scale(x)),
+        *(torch.tensor(seed, device=x.device) for seed in (7, 2026)),
+        *("E2M1", "propagate", "stochastic", [*[1] * (max(x.ndim, 2) - 1), 2], None, "E4M3", 1.0, other_dtype(x)),
+    ),
     "as_scale": lambda x, scale: (x if x.dtype == torch.float64 else x.float(), 448.0),
     "encode_blocks": lambda x, scale: (
         *(x if x.ndim else x.unsqueeze(0), tensor_scale(x), "E2M1", "propagate", "nearest_ties_to_even"),
