@@ -1,14 +1,17 @@
 """Simulated products against their definition in float64 (simulation_reference.py), forward and backward."""
 
+import collections
 import itertools
 
 import numpy as np
 import pytest
 import simulation_reference
 import torch
+from conftest import assert_same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad.quantization import E4M3, PerAxis, PerBlock, PerTensor, compute_scale, quantize, quantize_blocks
-from altgrad.simulation import RECIPES, Product, Recipe, Rule, attention, conv, linear, matmul
+from altgrad.simulation import RECIPES, Product, Recipe, Rule, attention, conv, linear, matmul, products
 from altgrad.simulation.operands import State, quantize_operand
 from altgrad.simulation.products import ProductState
 
@@ -53,6 +56,18 @@ def run(x, w, bias, dy, recipe, state, function=linear):
     y = function(leaves["dx"], leaves["dw"], leaves.get("db"), recipe, state=state)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator of altgrad is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.counts[op.name()] += 1
+        return op(*args, **kwargs or {})
 
 
 def defined(x, w, bias, dy, recipe, state):
@@ -295,3 +310,44 @@ def test_a_second_differentiation_raises():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(3, 8), torch.randn(4, 8))
+
+
+ONE_RULE = Rule("E4M3", per=32, power_of_two="rceil")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "leaves", "expected"),
+    [
+        *((name, 32, "xw", 1) for name in ("mxfp8", "mxfp4", "mx_ocp", "fp8_block", "nvfp4", "fp8_rowwise")),
+        *((name, 32, "xw", 0) for name in ("fp8_current", "fp8_delayed", "unit_scaled_fp8")),
+        ("mxfp8", 7, "xw", 1),
+        ("mxfp8", 32, "x", 0),
+        ("mxfp8", 32, "w", 0),
+        ("nvfp4", 24, "xw", 0),  # the transform needs whole groups
+        (Recipe("one", (None, None), (ONE_RULE, None), (ONE_RULE, None)), 32, "xw", 1),
+        (Recipe("other rules", (None, None), (ONE_RULE, None), (Rule("E4M3", per=16), None)), 32, "xw", 0),
+        (Recipe("both transformed", *[Product(ONE_RULE, None, 16)] * 3), 32, "xw", 0),
+        (Recipe("squares", *[(Rule("E4M3", per=(32, 32), power_of_two="rceil"), None)] * 3), 32, "xw", 0),
+        (Recipe("summed", *[(ONE_RULE, ONE_RULE)] * 3, accumulator="BLACKWELL_MXFP8"), 32, "xw", 0),
+    ],
+    ids=str,
+)
+def test_both_operands_of_the_incoming_gradient_are_one_call(recipe, tokens, leaves, expected):
+    x, w, dy = torch.randn(tokens, 64), torch.randn(96, 64), torch.randn(tokens, 96)
+    recipe = RECIPES.get(recipe, recipe)
+    x, w = x.requires_grad_("x" in leaves), w.requires_grad_("w" in leaves)
+    y = linear(x, w, None, recipe, state=state_for(recipe))
+    with Calls() as calls:
+        y.backward(dy)
+    assert calls.counts["altgrad::quantize_operands"] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp4", "nvfp4", "fp8_block"])
+def test_one_call_gives_the_bits_of_two(recipe, dtype, monkeypatch):
+    recipe = RECIPES[recipe]
+    args = *tensors((64,), 128, 160, dtype), recipe, state_for(recipe)
+    got = run(*args)
+    monkeypatch.setattr(products, "are_made_at_once", lambda *args: False)
+    for name, want in run(*args).items():
+        assert_same_bits(got[name], want)

@@ -140,18 +140,43 @@ def quantize_in_blocks(
     x: Tensor, rule: Rule, f: FP8Format, bits: Tensor | None, dtype: torch.dtype, transforms: bool
 ) -> Operand:
     """The operand by one operator; its scale is that of the whole tensor, where scales have a format of their own."""
-    outer = None
-    if rule.scale_format is not None:
-        largest = torch.ops.altgrad.amax(x, list(range(x.ndim)), transforms)
-        largest = largest if rule.headroom == 1 else largest * rule.headroom
-        top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
-        outer = torch.ops.altgrad.as_scale(largest, top).reshape(())
+    outer = tensor_scale_of(x, rule, f, transforms)
     options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, dtype, transforms
     if bits is None:
         values = torch.ops.altgrad.quantize_operand(x, outer, f.name, rule.saturation, rule.rounding, *options)
     else:
         values = torch.ops.altgrad.quantize_operand_stochastic(x, outer, bits, f.name, rule.saturation, *options)
     return Operand(values, outer)
+
+
+def tensor_scale_of(x: Tensor, rule: Rule, f: FP8Format, transforms: bool) -> Tensor | None:
+    """The scale of the whole tensor above scales of blocks that have a format of their own."""
+    if rule.scale_format is None:
+        return None
+    largest = torch.ops.altgrad.amax(x, list(range(x.ndim)), transforms)
+    largest = largest if rule.headroom == 1 else largest * rule.headroom
+    top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
+    return torch.ops.altgrad.as_scale(largest, top).reshape(())
+
+
+def are_made_at_once(x: Tensor, rule: Rule, transform: int) -> bool:
+    """Whether one operator makes the operands of x and of x transposed: not where a compiler would open it."""
+    is_called = not torch.compiler.is_compiling() or stays_opaque("quantize_operands", x)
+    is_padded = transform > 0 and x.shape[-2] % SIZE != 0
+    return rule.format is not None and is_of_blocks(rule) and is_called and not is_padded
+
+
+def quantize_both(x: Tensor, rule: Rule, transform: int, state: State, turned: State) -> tuple[Operand, Operand]:
+    """The operands of x, and of x transposed behind the transform, by one rule."""
+    f = resolve(rule.format or "")
+    outer = tensor_scale_of(x, rule, f, False)
+    of_turned = tensor_scale_of(transposed(x), rule, f, True) if transform else outer
+    seeds = (state.seed, turned.seed) if rule.is_stochastic else (None, None)
+    options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, operand_dtype(x.dtype, rule)
+    first, second = torch.ops.altgrad.quantize_operands(
+        x, outer, of_turned, *seeds, f.name, rule.saturation, rule.rounding, *options, transform > 0
+    )
+    return Operand(first, outer), Operand(second, of_turned)
 
 
 def rounded_to_bfloat16(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .operands import Operand, State, quantize_operand, transposed
+from .operands import Operand, State, are_made_at_once, quantize_both, quantize_operand, transposed
 from .recipes import Product, Recipe, Rule
 from .watch import announce, recorders
 
@@ -115,21 +115,34 @@ def gradients_of(
     of_forward = recipe.accumulators[0]
     left = read_operand(recipe.forward.left, outputs, of_forward) if keeps_left(recipe) else None
     right = read_operand(recipe.forward.right, outputs, of_forward) if keeps_right(recipe) else None
-    of_a = of_b = shared = None
+    of_a = of_b = first = second = None
+    if all(ctx.needs_input_grad[:2]):
+        first, second = both_operands(grad, recipe, state)
     if ctx.needs_input_grad[0]:
         rules, is_apart = recipe.grad_input, recipe.accumulators[1] is not None
-        shared = quantize_operand(grad, rules.left, rules.hadamard, state.of(2), is_apart=is_apart)
+        if first is None:
+            first = quantize_operand(grad, rules.left, rules.hadamard, state.of(2), is_apart=is_apart)
         other = backward_operand(b, right, rules, state.of(3), grad.dtype, is_apart)
-        of_a = multiply(shared, other, rules, grad.dtype, accumulator=recipe.accumulators[1])
+        of_a = multiply(first, other, rules, grad.dtype, accumulator=recipe.accumulators[1])
     if ctx.needs_input_grad[1]:
         rules, is_apart = recipe.grad_weight, recipe.accumulators[2] is not None
-        if shared is not None and is_shared(recipe):
-            first = shared.transposed
-        else:
-            first = quantize_operand(transposed(grad), rules.left, rules.hadamard, state.of(4), is_apart=is_apart)
+        if second is None:
+            second = quantize_operand(transposed(grad), rules.left, rules.hadamard, state.of(4), is_apart=is_apart)
         other = backward_operand(a, left, rules, state.of(5), grad.dtype, is_apart)
-        of_b = multiply(first, other, rules, grad.dtype, accumulator=recipe.accumulators[2])
+        of_b = multiply(second, other, rules, grad.dtype, accumulator=recipe.accumulators[2])
     return [of_a, of_b, grad.sum(-2, keepdim=ctx.bias_ndim > 1) if ctx.needs_input_grad[2] else None]
+
+
+def both_operands(grad: Tensor, recipe: Recipe, state: ProductState) -> tuple[Operand | None, Operand | None]:
+    """The incoming gradient for both products, where one rounding or one operator makes both operands."""
+    rule, transform = recipe.grad_input.left, recipe.grad_weight.hadamard
+    if is_shared(recipe):
+        shared = quantize_operand(grad, rule, 0, state.of(2), is_apart=recipe.accumulators[1] is not None)
+        return shared, shared.transposed
+    is_alike = rule == recipe.grad_weight.left and recipe.accumulators[1:] == (None, None)
+    if rule is None or not is_alike or recipe.grad_input.hadamard or not are_made_at_once(grad, rule, transform):
+        return None, None
+    return quantize_both(grad, rule, transform, state.of(2), state.of(4))
 
 
 def keeps_left(recipe: Recipe) -> bool:
