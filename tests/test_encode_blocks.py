@@ -53,14 +53,14 @@ def check(op, x, f, block, modes, device, random_bits=None, **scaling):
 
 def check_blocks(op, shape, block, device):
     """Every layout, with scales of each kind and widths of codes in turn."""
-    for i, x in enumerate(laid_out(samples(shape))):
-        for j, scaling in enumerate((SCALINGS[i % 5], SCALINGS[5 + i % 4])):
+    for i, xs in enumerate(zip(laid_out(samples(shape)), laid_out(samples(shape, "scale_format")), strict=True)):
+        for j, (x, scaling) in enumerate(zip(xs, (SCALINGS[i % 5], SCALINGS[5 + i % 4]), strict=True)):
             check(op, x, (*FORMATS[:4], resolve("E3M2"))[(2 * i + j) % 5], block, NEAREST, device, **scaling)
 
 
 def check_modes(op, f, device):
-    x = samples((24, 64), seed=1)
     for i, scaling in enumerate(SCALINGS):
+        x = samples((24, 64), scaling, seed=1)
         for j, rounding in enumerate(DETERMINISTIC_ROUNDINGS if i in (0, 1, 5) else NEAREST[1:]):
             check(op, x, f, (1, 16), (SATURATIONS[(i + j) % 3], rounding), device, **scaling)
 
@@ -68,9 +68,9 @@ def check_modes(op, f, device):
 def check_random_bits(op, shape, block, device):
     """Given bits, and a seed's, which count elements in row-major order."""
     seed, f = torch.tensor(0x123456789ABCDEF), resolve("E2M1")
-    for x in laid_out(samples(shape)):
-        bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
-        for scaling in ({"scale_format": "E4M3"}, {"power_of_two": "floor"}):
+    for scaling in ({"scale_format": "E4M3"}, {"power_of_two": "floor"}):
+        for x in laid_out(samples(shape, scaling)):
+            bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
             check(op, x, f, block, ("finite", "stochastic"), device, bits, **scaling)
             args = list(arguments(x, f, block, "finite", "stochastic", **scaling))
             args[2:5] = aten.bits_of(seed, x.shape).int() & 0xFFFFFF, f.name, "finite"
@@ -81,10 +81,10 @@ def check_random_bits(op, shape, block, device):
 
 
 def check_dtypes(op, dtype, device):
-    x = samples((24, 64), seed=2).to(dtype)
-    if INTERPRETS:  # its casts from bfloat16 flush subnormals
-        x = x.float().masked_fill(x.abs() < 1e-30, 0).to(dtype)
     for block, scaling in (((1, 16), {}), ((8, 1), {"power_of_two": "even"}), ((8, 8), {"scale_format": "E4M3"})):
+        x = samples((24, 64), scaling, seed=2).to(dtype)
+        if INTERPRETS:  # its casts from bfloat16 flush subnormals
+            x = x.float().masked_fill(x.abs() < 1e-30, 0).to(dtype)
         check(op, x, resolve("E2M1"), block, NEAREST, device, **scaling)
 
 
@@ -119,7 +119,7 @@ def test_dtypes(dtype, implementation):
 @pytest.mark.parametrize("block", [(1, 32), (32, 1), (1, -1), (128, 128)], ids=str)
 def test_threads(block):
     """Several threads share the strips of a tensor, and the bytes of a row."""
-    x, threads = samples((200, 4104)), torch.get_num_threads()
+    x, threads = samples((200, 4104), "scale_format"), torch.get_num_threads()
     args = arguments(x, resolve("E2M1"), block, *NEAREST, scale_format="E4M3")
     try:
         torch.set_num_threads(4)

@@ -49,17 +49,21 @@ BLOCKS = [
 ]
 
 
-def samples(shape, seed=0):
-    """Numbers of many magnitudes: each row of its own, rows of zeros, of subnormals, with NaN, infinity, all bits."""
+def samples(shape, scaling=(), seed=0):
+    """Numbers of many magnitudes: each row of its own, rows of zeros, of subnormals, with NaN, infinity, all bits.
+
+    Where the tensor has a scale above those of blocks, NaN would make everything NaN: numbers that it reaches.
+    """
+    has_levels = "scale_format" in scaling
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     if x.ndim < 2 or x.numel() == 0:
         return x
     rows = x.view(-1, x.shape[-1])
-    rows *= 2.0 ** torch.randint(-20, 20, (len(rows), 1), generator=generator)
-    for row, factor in zip(rows, (1.0, 0.0, 2.0**-130, -0.0, 2.0**126)):
+    rows *= 2.0 ** torch.randint(*((-6, 6) if has_levels else (-20, 20)), (len(rows), 1), generator=generator)
+    for row, factor in zip(rows, (1.0, 0.0, 2.0**-130, -0.0, 1.0 if has_levels else 2.0**126)):
         row *= factor
-    if len(rows) > 8:
+    if len(rows) > 8 and not has_levels:
         rows[5, -1], rows[6, 0] = torch.nan, torch.inf
         rows[7] = random_bit_patterns(rows.shape[1], seed)
     return x
@@ -100,8 +104,8 @@ def laid_out(x):
 
 def check_blocks(op, shape, block, device):
     """Every layout, with scales of each kind in turn."""
-    for i, x in enumerate(laid_out(samples(shape))):
-        for scaling in (SCALINGS[i % 5], SCALINGS[5 + i % 4]):
+    for i, xs in enumerate(zip(laid_out(samples(shape)), laid_out(samples(shape, "scale_format")), strict=True)):
+        for x, scaling in zip(xs, (SCALINGS[i % 5], SCALINGS[5 + i % 4]), strict=True):
             f = FORMATS[i % 3]
             got = op(*on(device, arguments(x, f, block, *NEAREST, **scaling)))
             assert_same_bits(got, want(x, f, block, *NEAREST, **scaling), x)
@@ -110,8 +114,8 @@ def check_blocks(op, shape, block, device):
 
 def check_modes(op, f, device):
     """Every rounding with saturations in turn, and every rule of the scale."""
-    x = samples((24, 64), seed=1)
     for i, scaling in enumerate(SCALINGS):
+        x = samples((24, 64), scaling, seed=1)
         for j, rounding in enumerate(DETERMINISTIC_ROUNDINGS if i in (0, 1, 5) else NEAREST[1:]):
             saturation = SATURATIONS[(i + j) % 3]
             got = op(*on(device, arguments(x, f, (1, 16), saturation, rounding, **scaling)))
@@ -121,11 +125,11 @@ def check_modes(op, f, device):
 def check_random_bits(op, shape, block, device):
     """Given bits, and those of a seed, which go by the row-major order of elements whatever the layout."""
     seed, f = torch.tensor(0x123456789ABCDEF), resolve("E2M1")
-    for x in laid_out(samples(shape)):
-        bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
-        of_seed = aten.bits_of(seed, x.shape) & 0xFFFFFF
-        for given, expected in ((bits, bits), (seed, of_seed)):
-            for scaling in ({"scale_format": "E4M3"}, {"power_of_two": "floor"}):
+    for scaling in ({"scale_format": "E4M3"}, {"power_of_two": "floor"}):
+        for x in laid_out(samples(shape, scaling)):
+            bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
+            of_seed = aten.bits_of(seed, x.shape) & 0xFFFFFF
+            for given, expected in ((bits, bits), (seed, of_seed)):
                 args = list(arguments(x, f, block, "finite", "stochastic", **scaling))
                 args[2:5] = given, f.name, "finite"
                 got = op(*on(device, args))
@@ -146,12 +150,12 @@ def operand(x, tensor_scale, format, saturation, rounding, block, power_of_two, 
 
 def check_results(op, dtype, device):
     """Other dtypes in and out, headroom, and values without the scale of the tensor."""
-    x = samples((24, 64), seed=2).to(dtype)
-    if INTERPRETS:  # its casts to bfloat16 truncate, those from it flush subnormals
-        x = x.float().masked_fill(x.abs() < 1e-30, 0).to(dtype)
-    for out in [torch.float64] if dtype == torch.float64 else [torch.float32] if INTERPRETS else DTYPES[:3]:
-        for block in ((1, 16), (8, 1), (8, 8)):
-            for scaling in ({}, {"power_of_two": "even"}, {"scale_format": "E4M3"}):
+    for scaling in ({}, {"power_of_two": "even"}, {"scale_format": "E4M3"}):
+        x = samples((24, 64), scaling, seed=2).to(dtype)
+        if INTERPRETS:  # its casts to bfloat16 truncate, those from it flush subnormals
+            x = x.float().masked_fill(x.abs() < 1e-30, 0).to(dtype)
+        for out in [torch.float64] if dtype == torch.float64 else [torch.float32] if INTERPRETS else DTYPES[:3]:
+            for block in ((1, 16), (8, 1), (8, 8)):
                 args = arguments(x, resolve("E2M1"), block, *NEAREST, **scaling)
                 got = op(*on(device, (*args, 1.0625, out)))
                 assert got.dtype == out
@@ -198,17 +202,21 @@ def test_results(dtype, implementation):
     check_results(implementation[0]("quantize_operand"), dtype, implementation[1])
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [(1, 32), (32, 1), (1, -1), (128, 128)], ids=str)
-def test_threads(block):
-    """Several threads share the strips of a tensor."""
-    x, threads = samples((200, 4100)), torch.get_num_threads()
+def test_strips(block, dtype, threads):
+    """A thread reads the next strip while it writes one; several threads share the strips of a tensor."""
+    x, before = samples((200, 4100), "scale_format").to(dtype), torch.get_num_threads()
     args = arguments(x, resolve("E2M1"), block, *NEAREST, scale_format="E4M3")
+    modes = *args[:2], torch.tensor(7), "E2M1", "propagate", *args[5:]
     try:
-        torch.set_num_threads(4)
-        got = torch.ops.altgrad.quantize_blocks(*args)
-    finally:
         torch.set_num_threads(threads)
-    assert_same_bits(got, aten.KERNELS["quantize_blocks"](*args), x)
+        got = torch.ops.altgrad.quantize_blocks(*args), torch.ops.altgrad.quantize_blocks_stochastic(*modes)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(got[0], aten.KERNELS["quantize_blocks"](*args), x)
+    assert_same_bits(got[1], aten.KERNELS["quantize_blocks_stochastic"](*modes), x)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (1, 16), (32, 1)], ids=str)

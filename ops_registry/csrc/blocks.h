@@ -6,7 +6,11 @@
 struct room {
     _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK];
     float amax[CHUNK], divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
-    uint32_t most[CHUNK], random[PHILOX_ROOM];
+    union {
+        uint32_t words[CHUNK];
+        uint16_t halves[CHUNK];
+    } most;
+    uint32_t random[PHILOX_ROOM];
     uint8_t codes[CHUNK];
 };
 
@@ -83,38 +87,6 @@ INLINE int shares(int64_t width, int64_t n) {
     return is_vector && width % 32 == 0 ? 32 : is_vector && width % 16 == 0 ? 16 : 1;
 }
 
-/* n elements of one row by a scale for as many of them as share one. */
-static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
-                         int64_t n, const float *divisor, const float *multiplier, int shared) {
-    const struct plan *p = b->plan;
-    const uint32_t *random = NULL;
-    if (p->rounding == STOCHASTIC && p->dtypes[RANDOM] == INT64) {
-        random = random_words(*(const uint64_t *)(const void *)b->random, index, n, r->random);
-    } else if (p->rounding == STOCHASTIC) {
-        random = (const uint32_t *)(const void *)b->random + at;
-    }
-    const char *x = b->x + at * size_of(p->dtypes[X]);
-    if (p->operation == ENCODE) {
-        encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, divisor);
-        return;
-    }
-    quantize32(p, f, x, divisor, multiplier, shared, b->is_short, random, b->out + at * size_of(p->out_dtype), n);
-}
-
-/* The largest magnitudes of n columns up to a row, as bits: NaN lies behind infinity. */
-static void add_magnitudes(const struct blocks *b, struct room *r, int64_t at, int64_t n, int is_first) {
-    const enum dtype dtype = b->plan->dtypes[X];
-    const float *x = convert32(b->x + at * size_of(dtype), dtype, n, r->x);
-    uint32_t *restrict most = r->most;
-    for (int64_t i = 0; is_first && i < n; i++) {
-        most[i] = bits32(x[i]) & 0x7fffffffu;
-    }
-    for (int64_t i = 0; !is_first && i < n; i++) {
-        const uint32_t a = bits32(x[i]) & 0x7fffffffu;
-        most[i] = (int32_t)a > (int32_t)most[i] ? a : most[i];
-    }
-}
-
 /* Of n numbers, as bits. */
 INLINE uint32_t most_of_floats(const uint32_t *numbers, int64_t n) {
     uint32_t largest = 0;
@@ -189,82 +161,160 @@ static void spread_scales(const float *restrict scales, int64_t count, int64_t w
 }
 #undef EACH_WIDTH
 
-/* A strip: count blocks beside each other, n <= CHUNK columns in all, from element at and scale first on. */
-static void blocks_strip(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
-                         int64_t first, int64_t height, int64_t n) {
-    const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
-    const enum dtype dtype = b->plan->dtypes[X];
-    if (height == 1) {
-        most_of_row(b->x + at * size_of(dtype), dtype, n, width, r->amax);
-    } else {
-        for (int64_t row = 0; row < height; row++) {
-            add_magnitudes(b, r, at + row * b->columns, n, row == 0);
-        }
-        most_of_row(r->most, FLOAT32, n, width, r->amax);
+/* Where the elements of a strip lie: in pieces, which are the rows of blocks beside each other, or CHUNK elements each
+ * of a longer block of one row. The first piece has n elements, and so have all others but the last. */
+struct strip {
+    int64_t at, index, first; /* of the first element, in memory and as a seed counts, and of the first scale */
+    int64_t pieces, n, last, step, index_step;
+    int is_long;
+};
+
+static struct strip strip_of(const struct blocks *b, int64_t number) {
+    const int64_t across = number % b->strips_across, rest = number / b->strips_across;
+    const int64_t row = rest % b->strips_down * b->height, matrix = rest / b->strips_down;
+    const int64_t column = across * b->span, columns = b->columns - column, rows = b->rows - row;
+    const int64_t n = columns < b->span ? columns : b->span, pieces = (n + CHUNK - 1) / CHUNK;
+    struct strip s = {.at = (matrix * b->rows + row) * b->columns + column,
+                      .index = matrix * b->steps[0] + row * b->steps[1] + column,
+                      .first = rest * ((b->columns + b->width - 1) / b->width) + column / b->width,
+                      .pieces = rows < b->height ? rows : b->height,
+                      .n = n,
+                      .last = n,
+                      .step = b->columns,
+                      .index_step = b->steps[1]};
+    if (pieces > 1) {
+        s.is_long = 1;
+        s.pieces = pieces;
+        s.n = s.step = s.index_step = CHUNK;
+        s.last = n - (pieces - 1) * CHUNK;
     }
+    return s;
+}
+
+INLINE int64_t size_of_piece(const struct strip *s, int64_t piece) { return piece < s->pieces - 1 ? s->n : s->last; }
+
+/* The largest magnitudes of each column up to a piece, as bits of the dtype: NaN lies behind infinity. */
+#define ADD_MAGNITUDES(TYPE, SIGNED, MEMBER, MAGNITUDE)                                                                \
+    {                                                                                                                  \
+        const TYPE *restrict x = (const TYPE *)from;                                                                   \
+        TYPE *restrict most = r->most.MEMBER;                                                                          \
+        for (int64_t i = 0; piece == 0 && i < n; i++) {                                                                \
+            most[i] = x[i] & MAGNITUDE;                                                                                \
+        }                                                                                                              \
+        for (int64_t i = 0; piece > 0 && i < n; i++) {                                                                 \
+            const TYPE a = x[i] & MAGNITUDE;                                                                           \
+            most[i] = (SIGNED)a > (SIGNED)most[i] ? a : most[i];                                                       \
+        }                                                                                                              \
+    }
+
+static void add_magnitudes(const struct blocks *b, struct room *r, const struct strip *s, int64_t piece) {
+    const enum dtype dtype = b->plan->dtypes[X];
+    const void *from = b->x + (s->at + piece * s->step) * size_of(dtype);
+    const int64_t n = size_of_piece(s, piece);
+    if (dtype == FLOAT32) {
+        ADD_MAGNITUDES(uint32_t, int32_t, words, 0x7fffffffu)
+    } else {
+        ADD_MAGNITUDES(uint16_t, int16_t, halves, 0x7fffu)
+    }
+}
+#undef ADD_MAGNITUDES
+
+/* What the elements of a piece are divided and multiplied by, as many as shared by one; 0: all. */
+struct scales {
+    const float *divisors, *multipliers;
+    int shared;
+};
+
+/* The scales of a strip: of one piece, or of those whose magnitudes have been added. */
+static struct scales find_scales(const struct blocks *b, struct room *r, const struct strip *s) {
+    const int64_t n = s->n, width = b->width < n ? b->width : n, count = (n + width - 1) / width;
+    const enum dtype dtype = b->plan->dtypes[X];
+    const void *magnitudes = s->pieces > 1 ? (const char *)&r->most : b->x + s->at * size_of(dtype);
+    most_of_row(magnitudes, dtype, n, width, r->amax);
     for (int64_t block = 0; block < count; block++) {
         r->amax[block] *= b->headroom;
     }
     scales_of(b, r, count);
     if (b->scales != NULL) {
-        store_scales(b, r, first, count);
+        store_scales(b, r, s->first, count);
     }
-    const int shared = b->plan->operation == ENCODE ? 1 : shares(width, n);
-    const float *divisors = r->divisor, *multipliers = r->multiplier;
-    if (width > shared) { /* what is behind a smaller last block has room too: whole blocks are CHUNK columns at most */
-        spread_scales(r->divisor, count, width / shared, r->divisors);
-        divisors = multipliers = r->divisors;
+    struct scales found = {r->divisor, r->multiplier, 1};
+    if (b->plan->operation != ENCODE) {
+        found.shared = s->is_long ? 0 : shares(width, n);
     }
-    if (width > shared && b->level != NULL && !b->with_tensor_scale) {
-        spread_scales(r->multiplier, count, width / shared, r->multipliers);
-        multipliers = r->multipliers;
+    if (found.shared == 0 || width == found.shared) {
+        return found;
     }
-    for (int64_t row = 0; row < height; row++) {
-        apply_scales(b, f, r, at + row * b->columns, index + row * b->steps[1], n, divisors, multipliers, shared);
+    /* What is behind a smaller last block has room too: whole blocks are CHUNK columns at most. */
+    spread_scales(r->divisor, count, width / found.shared, r->divisors);
+    found.divisors = found.multipliers = r->divisors;
+    if (b->level != NULL && !b->with_tensor_scale) {
+        spread_scales(r->multiplier, count, width / found.shared, r->multipliers);
+        found.multipliers = r->multipliers;
     }
+    return found;
 }
 
-/* A block of one row that is longer than CHUNK. */
-static void blocks_long(const struct blocks *b, const struct format32 *f, struct room *r, int64_t at, int64_t index,
-                        int64_t first, int64_t n) {
-    for (int64_t i = 0; i < n; i += CHUNK) {
-        add_magnitudes(b, r, at + i, n - i < CHUNK ? n - i : CHUNK, i == 0);
+static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, const struct strip *s,
+                         int64_t piece, const struct scales *scales) {
+    const struct plan *p = b->plan;
+    const int64_t at = s->at + piece * s->step, n = size_of_piece(s, piece);
+    const uint32_t *random = NULL;
+    if (p->rounding == STOCHASTIC && p->dtypes[RANDOM] == INT64) {
+        const int64_t index = s->index + piece * s->index_step;
+        random = random_words(*(const uint64_t *)(const void *)b->random, index, n, r->random);
+    } else if (p->rounding == STOCHASTIC) {
+        random = (const uint32_t *)(const void *)b->random + at;
     }
-    r->amax[0] = number32(most_of_floats(r->most, CHUNK)) * b->headroom;
-    scales_of(b, r, 1);
-    if (b->scales != NULL) {
-        store_scales(b, r, first, 1);
+    const char *x = b->x + at * size_of(p->dtypes[X]);
+    if (p->operation == ENCODE) {
+        encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, scales->divisors);
+        return;
     }
-    const int is_encoded = b->plan->operation == ENCODE; /* by a scale for each */
-    if (is_encoded) {
-        spread_scales(r->divisor, 1, CHUNK, r->divisors);
-    }
-    const float *divisors = is_encoded ? r->divisors : r->divisor;
-    for (int64_t i = 0; i < n; i += CHUNK) {
-        apply_scales(b, f, r, at + i, index + i, n - i < CHUNK ? n - i : CHUNK, divisors, r->multiplier, is_encoded);
-    }
+    quantize32(p, f, x, scales->divisors, scales->multipliers, scales->shared, b->is_short, random,
+               b->out + at * size_of(p->out_dtype), n);
 }
 
-/* Strips begin to end of a struct blocks. */
+/* Asks for a piece of a tensor before it is needed: rows of a strip are too far from each other for the processor to
+ * see where they go on. */
+static void fetch_piece(const char *tensor, enum dtype dtype, const struct strip *s, int64_t piece, int is_written) {
+#ifdef __GNUC__
+    const char *from = tensor + (s->at + piece * s->step) * size_of(dtype);
+    const int64_t bytes = piece < s->pieces && !s->is_long ? s->n * size_of(dtype) : 0;
+    for (int64_t i = 0; i < bytes; i += 64) {
+        if (is_written) {
+            __builtin_prefetch(from + i, 1);
+        } else {
+            __builtin_prefetch(from + i, 0);
+        }
+    }
+#endif
+}
+
+/* Strips begin to end of a struct blocks. While the pieces of one are divided, those of the next are read for the first
+ * time, so that memory is busy all the time. */
 static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
     const struct format32 f = prepare32(b->plan);
-    const int64_t blocks_across = (b->columns + b->width - 1) / b->width;
     struct room room;
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;
     }
-    for (int64_t strip = begin; strip < end; strip++) {
-        const int64_t across = strip % b->strips_across, rest = strip / b->strips_across;
-        const int64_t row = rest % b->strips_down * b->height, matrix = rest / b->strips_down;
-        const int64_t column = across * b->span, columns = b->columns - column, rows = b->rows - row;
-        const int64_t n = columns < b->span ? columns : b->span, height = rows < b->height ? rows : b->height;
-        const int64_t at = (matrix * b->rows + row) * b->columns + column;
-        const int64_t index = matrix * b->steps[0] + row * b->steps[1] + column;
-        const int64_t first = rest * blocks_across + column / b->width;
-        if (n > CHUNK) {
-            blocks_long(b, &f, &room, at, index, first, n);
-        } else {
-            blocks_strip(b, &f, &room, at, index, first, height, n);
+    struct strip s = {0};
+    for (int64_t number = begin; number <= end; number++) {
+        const struct scales scales = s.pieces > 0 ? find_scales(b, &room, &s) : (struct scales){0};
+        const struct strip next = number < end ? strip_of(b, number) : (struct strip){0};
+        for (int64_t piece = 0; piece < s.pieces || piece < next.pieces; piece++) {
+            fetch_piece(b->x, b->plan->dtypes[X], &next, piece + 1, 0);
+            if (b->plan->operation != ENCODE) {
+                fetch_piece(b->out, b->plan->out_dtype, &s, piece + 1, 1);
+            }
+            if (piece < s.pieces) {
+                apply_scales(b, &f, &room, &s, piece, &scales);
+            }
+            if (piece < next.pieces && next.pieces > 1) {
+                add_magnitudes(b, &room, &next, piece);
+            }
         }
+        s = next;
     }
 }
