@@ -21,7 +21,8 @@ def as_scale(amax: Tensor, max_value: float) -> Tensor:
     limits = torch.finfo(amax.dtype)
     most = min(limits.max, limits.max * (1 - 2 * limits.eps) / max_value)
     scale = divide(amax, amax.new_full((), max_value)).clamp(limits.smallest_normal, most)
-    return scale.masked_fill(amax == 0, 1.0).masked_fill(amax == math.inf, math.nan)
+    # Not masked_fill by NaN, which is not equal to itself: DTensor would plan that operation anew at every call.
+    return torch.where(amax == math.inf, math.nan, scale.masked_fill(amax == 0, 1.0))
 
 
 def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:

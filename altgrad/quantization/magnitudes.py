@@ -27,7 +27,7 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     lower, upper, weight, most = order_statistics(rows, fraction)
     result = torch.where(weight < 0.5, lower + (upper - lower) * weight, upper - (upper - lower) * (1 - weight))
     result = torch.where(weight == 0, lower, result)  # also where the difference is infinite
-    result = result.masked_fill(most.isnan(), math.nan)
+    result = torch.where(most.isnan(), math.nan, result)
     return result.to(compute_dtype(x.dtype)).reshape([1 if d in dims else s for d, s in enumerate(x.shape)])
 
 

@@ -63,7 +63,7 @@ class Levels(NamedTuple):
 
         def alone(statistic: Tensor) -> Tensor:
             one = statistic.new_ones(())
-            return block_level(statistic, f, g, one).masked_fill(statistic == math.inf, math.nan)
+            return torch.where(statistic == math.inf, math.nan, block_level(statistic, f, g, one))
 
         if not self.has_tensor_scale:
             return alone
@@ -86,7 +86,7 @@ class Levels(NamedTuple):
     def _tensor_scale(self, largest: Tensor) -> Tensor:
         if self.arithmetic == "exact":
             return as_scale(largest, self.top).reshape(())
-        return reciprocal(self._multiplier(largest)).masked_fill(~largest.isfinite(), math.nan).reshape(())
+        return torch.where(largest.isfinite(), reciprocal(self._multiplier(largest)), math.nan).reshape(())
 
     def _multiplier(self, largest: Tensor) -> Tensor:
         """TransformerEngine's global encode scale: what x is multiplied by for the scale of the tensor."""
