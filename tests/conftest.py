@@ -66,9 +66,11 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out GPU tests where there is no GPU, and slow ones unless they are asked for: ``-m slow``."""
     left_out = {"gpu"} - ({"gpu"} if torch.cuda.is_available() else set())
     left_out |= {"slow"} - set(re.findall(r"\w+", config.option.markexpr))
-    deselected = [item for item in items if left_out & {marker.name for marker in item.iter_markers()}]
+    kept, deselected = [], []
+    for item in items:
+        (deselected if left_out & {marker.name for marker in item.iter_markers()} else kept).append(item)
     config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if item not in set(deselected)]
+    items[:] = kept
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The processes behind test_distributed.py: every case in one set of them, ``distributed_worker.py SIZE DEVICE``.
 
-A case is a function of the world size. Each rank writes ``{case: traceback or None}`` to the file RESULTS names.
+A case is a function of the world size. Each rank writes ``{case: traceback or None}`` to the file RESULTS names. The
+ranks are forked from a process that has imported all they need.
 """
 
 import functools
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._inductor.compile_fx
 import torch.distributed as dist
 from conftest import assert_same_bits
 from samples import POINTWISE, SAMPLES
@@ -578,22 +580,24 @@ def simulated_tensor_parallel(size):
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def main():
+def run_cases(rank, size):
     torch.set_num_threads(1)
     if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["RANK"]))
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=60))
+        torch.cuda.set_device(rank)
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     results = {}
     for name, function in CASES.items():
         try:
-            function(dist.get_world_size())
+            function(size)
             results[name] = None
         except BaseException:
             results[name] = traceback.format_exc()[-4000:]
         torch._dynamo.reset()
-    Path(f"{os.environ['RESULTS']}.{dist.get_rank()}").write_text(json.dumps(results))
+    Path(f"{os.environ['RESULTS']}.{rank}").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    size = int(sys.argv[1])
+    torch.multiprocessing.start_processes(run_cases, (size,), nprocs=size, start_method="fork")

@@ -72,7 +72,8 @@ SAMPLES = {
     ),
     "encode_blocks_stochastic": lambda x, scale: (
         *(x if x.ndim else x.unsqueeze(0), None, random_bits(x if x.ndim else x.unsqueeze(0)), "E3M2", "finite"),
-        *([2] * max(x.ndim, 1), "rceil"),
+        # Along two dimensions of which one is uneven: of more, that of quantize_blocks is split, by the same lines.
+        *([*[1] * (x.ndim - 2), 2, 2][-max(x.ndim, 1) :], "rceil"),
     ),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),

@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,11 @@ def run_workers(size, device, results):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    env |= {"RESULTS": str(results / "results"), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with ExitStack() as logs:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, WORKER, str(size), device],
-                env=env | {"RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=logs.enter_context((results / f"stderr.{rank}").open("w")),
-            )
-            for rank in range(size)
-        ]
-        for process in processes:
-            process.wait(timeout=600)
-    errors = "\n".join((results / f"stderr.{rank}").read_text()[-2000:] for rank in range(size))
-    assert not any(process.returncode for process in processes), errors
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RESULTS": str(results / "results")}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, WORKER, str(size), device]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
     outcomes = [json.loads((results / f"results.{rank}").read_text()) for rank in range(size)]
     return {name: {rank: o[name] for rank, o in enumerate(outcomes) if o[name]} for name in outcomes[0]}
 
