@@ -328,7 +328,7 @@ def matmul(
     return out
 
 
-_blocks = struct.Struct("6P9q7f7i").pack  # struct blocks
+_blocks = struct.Struct("6P10q7f7i").pack  # struct blocks
 
 
 def quantize_operand(
@@ -425,7 +425,7 @@ def _random_of(random_bits: Tensor | None, out: Tensor, strips: Strips) -> tuple
         return out, torch.int32
     if random_bits.dtype != SEED:
         return laid_out_as(out, random_bits.to(torch.int32)), random_bits.dtype
-    if strips.counts_columns:
+    if strips.finds_words:
         return random_bits, SEED
     return laid_out_as(out, random_words(random_bits, out.shape)), torch.int32
 

@@ -160,11 +160,14 @@ def both_of(shape: Size, size: int) -> Both | None:
 
 
 class Strips(NamedTuple):
-    """How many strips of blocks there are, the integers of struct blocks, and whether a seed counts along columns."""
+    """How many strips of blocks there are, the integers of struct blocks, and whether it finds the words of a seed.
+
+    It does where a seed counts along rows, or down columns by fours that no block splits.
+    """
 
     number: int
     integers: Size
-    counts_columns: bool
+    finds_words: bool
 
     def begins_with_bytes(self, bits: int) -> bool:
         """Whether every row of a strip begins with a byte of codes that are packed in their order in memory."""
@@ -182,8 +185,9 @@ def strips_of(shape: Size, strides: Size, block: Size, itemsize: int) -> Strips 
     span = max(m.width, most // m.width * m.width)
     down, across = -(-m.rows // m.height), -(-m.columns // span)
     number = m.stack * down * across if math.prod(shape) else 0
-    integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps[:2]
-    return Strips(number, integers, m.steps[2] == 1)
+    integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps
+    has_fours_down = m.steps[1] == 1 and all(number % 4 == 0 for number in (m.height, m.steps[0], m.steps[2]))
+    return Strips(number, integers, m.steps[2] == 1 or has_fours_down)
 
 
 def _power_of_two(n: int) -> int:

@@ -12,7 +12,7 @@ from interpreter import INTERPRETS, interpreted, run_interpreted, runs_interpret
 
 from altgrad.quantization import PerAxis, PerBlock, PerTensor, compute_scale, resolve
 from altgrad.quantization.two_levels import Levels
-from ops_registry import aten, blocks, cuda, tiles
+from ops_registry import aten, blocks, cpu, cuda, tiles
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, POWER_OF_TWO_RULES, SATURATIONS
 from ops_registry.operators import IN_BLOCKS
 
@@ -217,6 +217,26 @@ def test_strips(block, dtype, threads):
         torch.set_num_threads(before)
     assert_same_bits(got[0], aten.KERNELS["quantize_blocks"](*args), x)
     assert_same_bits(got[1], aten.KERNELS["quantize_blocks_stochastic"](*modes), x)
+
+
+@pytest.mark.skipif(cpu.backend() == "aten", reason="needs the C kernels")
+@pytest.mark.parametrize("shape", [(64, 2100), (2, 40, 1030), (30, 64), (36, 33)], ids=str)
+@pytest.mark.parametrize("size", [16, 8, 6], ids=str)
+def test_seeds_down_columns(shape, size):
+    """Of an operand that lies transposed: found in the kernel, or where a block or a column splits fours, before."""
+    x, threads = samples(shape).mT, torch.get_num_threads()
+    block = [*[1] * (x.ndim - 1), size]
+    args = x, None, torch.tensor(0x123456789ABCDEF), "E2M1", "finite", block, "rceil"
+    want = aten.KERNELS["quantize_blocks_stochastic"](*args)
+    for target in ("avx512", "avx2", "baseline"):
+        if cpu.select(cpu._native, target) is not None:
+            try:
+                torch.set_num_threads(3)
+                got = torch.ops.altgrad.quantize_blocks_stochastic(*args)
+            finally:
+                torch.set_num_threads(threads)
+                cpu.select(cpu._native, cpu.backend())
+            assert_same_bits(got, want, x)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (1, 16), (32, 1)], ids=str)

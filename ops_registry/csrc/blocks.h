@@ -10,7 +10,7 @@ struct room {
         uint32_t words[CHUNK];
         uint16_t halves[CHUNK];
     } most;
-    uint32_t random[PHILOX_ROOM];
+    uint32_t random[PHILOX_ROOM], fours[4 * (CHUNK + LANES)];
     uint8_t codes[CHUNK];
 };
 
@@ -175,7 +175,7 @@ static struct strip strip_of(const struct blocks *b, int64_t number) {
     const int64_t column = across * b->span, columns = b->columns - column, rows = b->rows - row;
     const int64_t n = columns < b->span ? columns : b->span, pieces = (n + CHUNK - 1) / CHUNK;
     struct strip s = {.at = (matrix * b->rows + row) * b->columns + column,
-                      .index = matrix * b->steps[0] + row * b->steps[1] + column,
+                      .index = matrix * b->steps[0] + row * b->steps[1] + column * b->steps[2],
                       .first = rest * ((b->columns + b->width - 1) / b->width) + column / b->width,
                       .pieces = rows < b->height ? rows : b->height,
                       .n = n,
@@ -262,7 +262,9 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
     const uint32_t *random = NULL;
     if (p->rounding == STOCHASTIC && p->dtypes[RANDOM] == INT64) {
         const int64_t index = s->index + piece * s->index_step;
-        random = random_words(*(const uint64_t *)(const void *)b->random, index, n, r->random);
+        const uint64_t seed = *(const uint64_t *)(const void *)b->random;
+        random = b->steps[2] == 1 ? random_words(seed, index, n, r->random)
+                                  : random_words_apart(seed, index, b->steps[2], n, r->fours, r->random);
     } else if (p->rounding == STOCHASTIC) {
         random = (const uint32_t *)(const void *)b->random + at;
     }

@@ -56,11 +56,11 @@ enum {
     PHILOX_ROOM = CHUNK + 4 * LANES + 3
 };
 
-/* The words of the blocks whose counters are in counter and those behind it; the keys of the rounds are added up. */
-INLINE void philox_chains(const lanes keys[10][2], lanes counter, int chains, uint32_t *restrict words) {
+/* The words of the blocks whose counters are in counter and by step behind it; the keys of the rounds are added up. */
+INLINE void philox_chains(const lanes keys[10][2], lanes counter, uint64_t step, int chains, uint32_t *restrict words) {
     lanes x[CHAINS][4];
     for (int i = 0; i < chains; i++) { /* the first round: words 2 and 3 are 0 */
-        const lanes c = counter + (uint64_t)(i * LANES), p = TIMES(c, 0xD2511F53u);
+        const lanes c = counter + (uint64_t)i * step, p = TIMES(c, 0xD2511F53u);
         x[i][0] = (c >> 32) ^ keys[0][0];
         x[i][1] = c - c;
         x[i][2] = (p >> 32) ^ keys[0][1];
@@ -81,8 +81,8 @@ INLINE void philox_chains(const lanes keys[10][2], lanes counter, int chains, ui
     }
 }
 
-/* The words of count blocks from the given one on, and of those behind it that are in the same lanes. */
-static void philox(uint64_t seed, uint64_t block, int64_t count, uint32_t *restrict words) {
+/* The words of count blocks from the given one on, apart from each other, and of those behind that share lanes. */
+static void philox(uint64_t seed, uint64_t block, uint64_t apart, int64_t count, uint32_t *restrict words) {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     uint64_t blocks[LANES] = ORDER;
     lanes keys[10][2], counter;
@@ -92,14 +92,15 @@ static void philox(uint64_t seed, uint64_t block, int64_t count, uint32_t *restr
         keys[round][1] += (uint64_t)k1;
     }
     memcpy(&counter, blocks, sizeof counter);
-    counter += block;
+    counter = counter * apart + block;
+    const uint64_t step = LANES * apart;
     for (; count > (CHAINS - 1) * LANES; count -= CHAINS * LANES, words += CHAINS * 4 * LANES) {
-        philox_chains(keys, counter, CHAINS, words);
-        counter += (uint64_t)(CHAINS * LANES);
+        philox_chains(keys, counter, step, CHAINS, words);
+        counter += CHAINS * step;
     }
     for (; count > 0; count -= LANES, words += 4 * LANES) {
-        philox_chains(keys, counter, 1, words);
-        counter += (uint64_t)LANES;
+        philox_chains(keys, counter, step, 1, words);
+        counter += step;
     }
 }
 #undef TIMES
@@ -108,6 +109,19 @@ static void philox(uint64_t seed, uint64_t block, int64_t count, uint32_t *restr
 
 /* The random words of n <= CHUNK elements from the given one on; buffer has PHILOX_ROOM. */
 static const uint32_t *random_words(uint64_t seed, int64_t begin, int64_t n, uint32_t *buffer) {
-    philox(seed, (uint64_t)begin / 4, (begin % 4 + n + 3) / 4, buffer);
+    philox(seed, (uint64_t)begin / 4, 1, (begin % 4 + n + 3) / 4, buffer);
     return buffer + begin % 4;
+}
+
+/* The random words of n <= CHUNK elements from the given one on, apart from each other by a multiple of 4. The elements
+ * behind them share their blocks: fours has what the call for the first of four of them made, for the three others. */
+static const uint32_t *random_words_apart(uint64_t seed, int64_t begin, int64_t apart, int64_t n,
+                                          uint32_t *restrict fours, uint32_t *restrict buffer) {
+    if (begin % 4 == 0) {
+        philox(seed, (uint64_t)begin / 4, (uint64_t)apart / 4, n, fours);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        buffer[i] = fours[4 * i + begin % 4];
+    }
+    return buffer;
 }

@@ -66,7 +66,7 @@ struct blocks {
     char *out, *scales;              /* scales: where one a block is stored, as a code of its format, or NULL */
     const char *x, *random;
     int64_t rows, columns, height, width, span, strips_down, strips_across;
-    int64_t steps[2];                      /* of matrices and rows, in what a seed counts; that of columns is 1 */
+    int64_t steps[3];                      /* of matrices, rows and columns, in what a seed counts */
     float headroom, max_value, most;       /* a scale is at most so large, and not below: */
     float smallest, factor, second_factor; /* the factors make room for subnormals */
     float tensor_scale;                    /* above scales in a format */
