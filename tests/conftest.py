@@ -1,6 +1,7 @@
 """What the tests share: the formats, the devices, inputs that break roundings, and the comparison of bits."""
 
 import functools
+import gc
 import os
 import re
 import subprocess
@@ -60,6 +61,20 @@ WIDE = WIDE_NAMED + [resolve(spelling) for spelling in _WIDE_SPELLINGS.split()]
 # Random bits given for each element, and not the seed that they follow from.
 GIVEN_BITS = {dtype: n for dtype, n in RANDOM_BITS.items() if dtype != SEED}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def pytest_sessionstart():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """Ten thousand tests are no garbage: a search for some leaves them out."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -13,15 +13,20 @@ from test_cpu import build
 from ops_registry import cpu
 
 TESTS = Path(__file__).parent
-CFLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+# After the flags of setup.py: what reads beyond an array at -O3 does at -O1, which builds in a third of the time.
+CFLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
 TARGETS = ["avx512", "avx2", "baseline"]
+STRIPS = [(1, 32), (32, 1), (1, -1), (128, 128)]
 RUN = {
     "test_cpu.py": ["sizes_and_guards", "one_special_among_many", "16_bit_conversions", "amax", "random_layouts"],
     "test_encode_blocks.py": ["blocks", "random_bits", "threads"],
     "test_hadamard.py": ["c_kernel"],
     "test_matmul.py": ["targets", "scales_of_blocks_in_exact_rationals"],
     "test_packing.py": ["packing_of_every_instruction_set"],
-    "test_quantize_blocks.py": ["blocks", "random_bits", "results", "strips", "seeds_down_columns"],
+    "test_quantize_blocks.py": [
+        *("blocks", "random_bits", "results", "seeds_down_columns"),
+        *(f"strips[{block}-torch.{dtype}-4]" for block in STRIPS for dtype in ("float32", "bfloat16")),
+    ],
     "test_random.py": ["words_of_the_c_kernel", "a_seed_of_rows_of_three"],
     "test_wide_formats.py": [
         *("near_ties[toward_zero-E8M0]", "near_ties[to_odd-UE5M3]", "near_ties[toward_positive-e4m9b7fn]"),
@@ -48,7 +53,9 @@ if SANITIZED:  # the process that test_sanitizers starts, which imports this fil
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sanitized")
-    result = build(directory, CFLAGS=CFLAGS)
+    compiler = directory / "cc"
+    compiler.write_text(f'exec gcc "$@" {CFLAGS}')
+    result = build(directory, CC=f"sh {compiler}")
     assert result.returncode == 0, result.stderr
     return directory
 
