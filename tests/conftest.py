@@ -63,6 +63,18 @@ GIVEN_BITS = {dtype: n for dtype, n in RANDOM_BITS.items() if dtype != SEED}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+# Of several processes none should be left with one of these alone: they come first, the longest at the front.
+LONG = [
+    *("opcheck", "distributed", "compile", "sanitizers", "onnx", "rounding", "simulation_compile", "cuda", "deploy"),
+    *("scaling", "cpu", "wide_formats", "transforms", "cache", "export", "encode_blocks", "blocks"),
+    *("simulation_products", "numerics"),
+]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist begins with the files of the most tests
+
+
 def pytest_sessionstart():
     gc.disable()
 
@@ -78,14 +90,18 @@ def pytest_sessionfinish():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out GPU tests where there is no GPU, and slow ones unless they are asked for: ``-m slow``."""
+    """Leaves out GPU tests where there is no GPU, and slow ones unless they are asked for: ``-m slow``.
+
+    The files of LONG come first.
+    """
     left_out = {"gpu"} - ({"gpu"} if torch.cuda.is_available() else set())
     left_out |= {"slow"} - set(re.findall(r"\w+", config.option.markexpr))
     kept, deselected = [], []
     for item in items:
         (deselected if left_out & {marker.name for marker in item.iter_markers()} else kept).append(item)
     config.hook.pytest_deselected(items=deselected)
-    items[:] = kept
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items[:] = sorted(kept, key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @functools.cache
