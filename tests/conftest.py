@@ -67,7 +67,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LONG = [
     *("opcheck", "distributed", "compile", "sanitizers", "onnx", "rounding", "simulation_compile", "cuda", "deploy"),
     *("scaling", "cpu", "wide_formats", "transforms", "cache", "export", "encode_blocks", "blocks"),
-    *("simulation_products", "numerics"),
+    *("quantize_operands", "simulation_products", "quantize_blocks", "numerics"),
 ]
 
 
@@ -92,7 +92,7 @@ def pytest_sessionfinish():
 def pytest_collection_modifyitems(config, items):
     """Leaves out GPU tests where there is no GPU, and slow ones unless they are asked for: ``-m slow``.
 
-    The files of LONG come first.
+    The files of LONG come first where there are several processes.
     """
     left_out = {"gpu"} - ({"gpu"} if torch.cuda.is_available() else set())
     left_out |= {"slow"} - set(re.findall(r"\w+", config.option.markexpr))
@@ -100,8 +100,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         (deselected if left_out & {marker.name for marker in item.iter_markers()} else kept).append(item)
     config.hook.pytest_deselected(items=deselected)
-    places = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items[:] = sorted(kept, key=lambda item: places.get(item.path.stem, len(LONG)))
+    if hasattr(config, "workerinput"):  # one of several processes
+        places = {f"test_{name}": place for place, name in enumerate(LONG)}
+        kept.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    items[:] = kept
 
 
 @functools.cache
