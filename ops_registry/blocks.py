@@ -7,6 +7,7 @@ two products. encode_blocks gives packed codes and scales.
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -88,18 +89,24 @@ def quantize_operands(
     headroom: float = 1.0,
     dtype: torch.dtype | None = None,
     hadamard: bool = False,
+    *,
+    kernels: dict[str, Callable[..., Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x as an operand, and x transposed as another one, behind the Hadamard transform where hadamard."""
+    """x as an operand, and x transposed as another one, behind the Hadamard transform where hadamard.
+
+    kernels: those of the single operators, by name, instead of the dispatcher.
+    """
     options = block, power_of_two, scale_format, headroom, dtype
     check_quantize_operands(
         *(x, tensor_scale, turned_scale, seed, turned_seed, format, saturation, rounding), *options, hadamard
     )
 
-    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, hadamard: bool) -> Any:
+    single = partial(getattr, torch.ops.altgrad) if kernels is None else kernels.__getitem__
+
+    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, hadamard: bool) -> Tensor:
         if seed is None:
-            args = x, scale, format, saturation, rounding, *options, hadamard
-            return torch.ops.altgrad.quantize_operand(*args)
-        return torch.ops.altgrad.quantize_operand_stochastic(x, scale, seed, format, saturation, *options, hadamard)
+            return single("quantize_operand")(x, scale, format, saturation, rounding, *options, hadamard)
+        return single("quantize_operand_stochastic")(x, scale, seed, format, saturation, *options, hadamard)
 
     first = operand(x, tensor_scale, seed, False)
     return first, operand(x.transpose(-2, -1), turned_scale, turned_seed, hadamard)

@@ -333,30 +333,33 @@ def quantize_operands(
     headroom: float = 1.0,
     dtype: torch.dtype | None = None,
     hadamard: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Both from one read where x is whole tiles in blocks along the last dimension, elsewhere as aten does."""
+) -> tuple[tuple[Tensor, Tensor], Launch | None]:
+    """Both from one read, where x is whole tiles in blocks along the last dimension."""
     tensors, modes = (x, tensor_scale, turned_scale, seed, turned_seed), (format, saturation, rounding)
     args: tuple[Any, ...] = *tensors, *modes, block, power_of_two, scale_format, headroom, dtype, hadamard
     f = check_quantize_operands(*args)
     g = None if scale_format is None else resolve(scale_format)
-    outputs = out, turned = OPERATORS["quantize_operands"].output(*args)
+    outputs: tuple[Tensor, Tensor] = OPERATORS["quantize_operands"].output(*args)
+    out, turned = outputs
     along, down = outputs if out.is_contiguous() else (turned, out)  # of blocks in rows of memory, and in columns
     is_dense = along.is_contiguous() and down.stride() == along.transpose(-2, -1).stride()
     both = both_of(along.shape, block[-1]) if is_dense and all(size == 1 for size in block[:-1]) else None
     module = kernels("cuda_blocks")
     is_served = x.dtype != torch.float64 and fits_blocks(f, g) and (not hadamard or has_groups(block))
-    if module is None or both is None or not is_served:
-        return blocks.quantize_operands(*args)
-    inputs = [(x if s is None else beside(x, s), x if t is None else t) for s, t in zip(tensors[1:3], tensors[3:])]
-    transforms = False, hadamard
+    # What takes the time of stochastic rounding is arithmetic, for which each kernel has more room.
+    if module is None or both is None or not is_served or rounding == "stochastic":
+        return outputs, None
+    scales, transforms = [x if s is None else beside(x, s) for s in tensors[1:3]], (False, hadamard)
     if along is turned:
-        inputs, transforms = inputs[::-1], transforms[::-1]
-    (along_scale, along_seed), (down_scale, down_seed) = inputs
-    pointers = [in_order_of(out, x), along_scale, down_scale, along_seed, down_seed, along, down]
-    scaling = scaling_of(f, power_of_two, headroom, False)
+        scales, transforms = scales[::-1], transforms[::-1]
+    scaling, pointers = scaling_of(f, power_of_two, headroom, False), [in_order_of(out, x), *scales, along, down]
     constants = both.along, both.down, f, g, saturation, rounding, scaling, *transforms
-    start(Launch(module.quantize_operands_kernel, both.programs, pointers, both.integers, constants, both.options))
-    return out, turned
+    kernel = module.quantize_operands_kernel
+    return outputs, Launch(kernel, both.programs, pointers, both.integers, constants, both.options)
+
+
+def in_two_launches(*args: Any) -> tuple[Tensor, Tensor]:
+    return blocks.quantize_operands(*args, kernels=KERNELS)
 
 
 def encode_blocks(
@@ -401,18 +404,21 @@ DESCRIPTIONS = with_twins(
         "as_scale": as_scale,
         "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
         "quantize_operand": quantize_operand,
+        "quantize_operands": quantize_operands,
     }
 )
 KERNELS = with_twins(
     {
-        "quantize_operands": quantize_operands,
         "encode_blocks": encode_blocks,
         "pack": pack,
         "unpack": unpack,
         "matmul": matmul,
         "amax": amax,
     }
-) | {name: served(name, describe) for name, describe in DESCRIPTIONS.items()}
+) | {
+    name: served(name, describe, in_two_launches if name == "quantize_operands" else aten.KERNELS[name])
+    for name, describe in DESCRIPTIONS.items()
+}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

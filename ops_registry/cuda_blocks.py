@@ -157,7 +157,10 @@ def place_tile(matrix, rows, columns, down, across, tile: tl.constexpr):
     """(offsets, rows, columns, whether they exist) of a tile of blocks."""
     row, row_exists = span(down * tile.high, tile.high, tile.height_room, tile.height, rows, 0)
     column, column_exists = span(across * tile.wide, tile.wide, tile.width_room, tile.width, columns, 1)
-    return (matrix * rows + row) * columns + column, row, column, row_exists & column_exists
+    i = (matrix * rows + row) * columns + column
+    if tile.is_of_columns:  # two a thread, so that no other one looks for their scales
+        i = tl.max_contiguous(i, [1, 1, 2, 1])
+    return i, row, column, row_exists & column_exists
 
 
 @triton.jit
@@ -194,9 +197,9 @@ def project_tile(
         if random_ptr.dtype.element_ty != tl.int64:
             random = tl.load(random_ptr + i) if tile.is_full else tl.load(random_ptr + i, exists)
         else:
-            first = matrix * tl.cast(step_out, index)
-            first += down * tile.high * tile.height if tile.has_fours_down else row * tl.cast(step_down, index)
-            random = random_words(random_ptr, first, across * tile.wide, column, tl.cast(step_across, index), tile)
+            first = matrix * step_out.to(index)
+            first += down * tile.high * tile.height if tile.has_fours_down else row * step_down.to(index)
+            random = random_words(random_ptr, first, across * tile.wide, column, step_across.to(index), tile)
     # Magnitudes are ordered as their bits are, NaN behind infinity.
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     amax = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
@@ -262,22 +265,26 @@ def quantize_operand_kernel(
 
 @triton.jit(do_not_specialize=_INTEGERS[:4])
 def quantize_operands_kernel(
-    x_ptr, along_scale_ptr, down_scale_ptr, along_seed_ptr, down_seed_ptr, along_ptr, down_ptr, rows: tl.int64,
-    columns: tl.int64, tiles_down: tl.int64, tiles_across: tl.int64, along_tile: tl.constexpr,
-    down_tile: tl.constexpr, format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr,
-    rounding: tl.constexpr, scaling: tl.constexpr, along_transforms: tl.constexpr, down_transforms: tl.constexpr,
+    x_ptr, along_scale_ptr, down_scale_ptr, along_ptr, down_ptr, rows: tl.int64, columns: tl.int64,
+    tiles_down: tl.int64, tiles_across: tl.int64, along_tile: tl.constexpr, down_tile: tl.constexpr,
+    format: tl.constexpr, scale_format: tl.constexpr, saturation: tl.constexpr, rounding: tl.constexpr,
+    scaling: tl.constexpr, along_transforms: tl.constexpr, down_transforms: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program, as operands of blocks along rows and of blocks down columns of contiguous matrices."""
+    """One tile a program, as operands of blocks along rows and of blocks down columns of contiguous matrices.
+
+    It is read twice, by the threads that have whole rows of a block and by those that have its columns: the second time
+    from the first-level cache.
+    """
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, along_tile)
     x = load_tile(x_ptr, matrix, rows, columns, down, across, along_tile)
     store_operand(
-        x, along_scale_ptr, along_seed_ptr, along_ptr, matrix, rows, columns, down, across, rows * columns, columns, 1,
-        along_tile, format, scale_format, saturation, rounding, scaling, along_transforms,
+        x, along_scale_ptr, x_ptr, along_ptr, matrix, rows, columns, down, across, 0, 0, 0, along_tile, format,
+        scale_format, saturation, rounding, scaling, along_transforms,
     )  # fmt: skip
-    x = x.reshape(down_tile.high, down_tile.height_room, down_tile.wide, down_tile.width_room)
+    x = load_tile(x_ptr, matrix, rows, columns, down, across, down_tile)
     store_operand(
-        x, down_scale_ptr, down_seed_ptr, down_ptr, matrix, rows, columns, down, across, rows * columns, 1, rows,
-        down_tile, format, scale_format, saturation, rounding, scaling, down_transforms,
+        x, down_scale_ptr, x_ptr, down_ptr, matrix, rows, columns, down, across, 0, 0, 0, down_tile, format,
+        scale_format, saturation, rounding, scaling, down_transforms,
     )  # fmt: skip
 
 

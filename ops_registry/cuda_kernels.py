@@ -129,11 +129,11 @@ def round_by(a, is_negative, random, format: tl.constexpr, rounding: tl.constexp
         if format.mantissa_bits == 0:
             is_odd = is_odd & code_is_odd(exponent, a.dtype, format)
         away = is_inexact & ~is_odd
-    else:  # P3109's StochasticA: up where floor(nu * 2^N) + R >= 2^N, with R the low N bits of random
+    else:  # P3109's StochasticA: up where floor(nu * 2^N) >= 2^N - R, with R the low N bits of random
         tl.static_assert(rounding == "stochastic")
         n: tl.constexpr = 8 if random.dtype == tl.uint8 else 24
         r = (random & ((1 << n) - 1)).to(a.dtype)
-        away = tl.floor(nu * 2.0**n) + r >= 2.0**n
+        away = nu >= 1.0 - r * 2.0**-n  # which is exact, and so is the comparison
     return (quanta + away.to(a.dtype)) * quantum
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten
 from .operators import OPERATORS
 
 MAX_CALLS = 4096
@@ -47,14 +46,13 @@ class Launch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A launch whose addresses alone are to come: the kernel's pointers are those of the operator's tensors and output.
+    """A launch whose addresses alone are to come: those of the operator's tensors and outputs.
 
-    with_number: the value of the operator's second tensor goes before them. pack_into writes the memory of a Driver.
+    outputs: the shape, strides and dtype of each. with_number: the value of the operator's second tensor goes before
+    the pointers. pack_into writes the memory of a Driver.
     """
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+    outputs: tuple[tuple[Any, ...], ...]
     device: int
     function: int
     grid: tuple[int, ...]
@@ -110,15 +108,19 @@ def start(launch: Launch) -> Any:
     return compiled
 
 
-def call_of(launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], out: Tensor) -> Call | None:
+def call_of(
+    launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
+) -> Call | None:
     """The launch without its addresses; None where more than they may change, or the driver needs to know more."""
     metadata = getattr(compiled, "metadata", None)
-    theirs = (*tensors, out)
-    has_two_roles = len({id(tensor) for tensor in theirs}) < len(theirs)  # a tensor, and which is read cannot be told
+    theirs = (*tensors, *outputs)
+    given = [id(tensor) for tensor in theirs if tensor is not None]
+    has_two_roles = len(set(given)) < len(given)  # a tensor, and which is read cannot be told
     if metadata is None or torch.version.hip or has_two_roles:
         return None
     needs = "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size"
-    if any(getattr(metadata, name, 0) for name in needs) or metadata.num_ctas != 1 or out.data_ptr() % 16:
+    is_plain = metadata.num_ctas == 1 and all(out.data_ptr() % 16 == 0 for out in outputs)
+    if any(getattr(metadata, name, 0) for name in needs) or not is_plain:
         return None
     with_number = isinstance(launch.tensors[0], float)
     if with_number and tensors[1].dtype == torch.float64:  # type: ignore[union-attr]  # float32 may not hold it
@@ -130,18 +132,18 @@ def call_of(launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], o
     number = "f4x" if with_number else ""
     slots = struct.Struct(f"=7I4xq16x{number}{len(sources) + len(launch.integers) + len(_SCRATCH)}q")
     grid = launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
-    place = tuple(out.shape), out.stride(), out.dtype, out.get_device()
-    integers = (*launch.integers, *_SCRATCH)
-    return Call(*place, compiled.function, grid, sources, with_number, integers, slots.pack_into, compiled)
+    to_make = tuple((tuple(out.shape), out.stride(), out.dtype) for out in outputs)
+    integers, device = (*launch.integers, *_SCRATCH), outputs[0].get_device()
+    return Call(to_make, device, compiled.function, grid, sources, with_number, integers, slots.pack_into, compiled)
 
 
-def again(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
-    """The output of the call on these tensors; None where the driver did not launch it, and Triton has to."""
-    shape, strides, dtype, device, function, grid, sources, with_number, integers, pack_into, _ = call
+def again(call: Call, tensors: tuple[Tensor | None, ...]) -> list[Tensor] | None:
+    """The outputs of the call on these tensors; None where the driver did not launch it, and Triton has to."""
+    outputs, device, function, grid, sources, with_number, integers, pack_into, _ = call
     if device != torch._C._cuda_getDevice():
         return None
-    out = empty(shape, strides, dtype)
-    theirs: Any = (*tensors, out)
+    made = [empty(*place) for place in outputs]
+    theirs: Any = (*tensors, *made)
     addresses = [theirs[source].data_ptr() for source in sources]
     if addresses[-1] & 15:
         return None
@@ -149,33 +151,39 @@ def again(call: Call, tensors: tuple[Tensor | None, ...]) -> Tensor | None:
         addresses.insert(0, theirs[1].item())
     launch, memory, config, slots = driver().parts
     pack_into(memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *addresses, *integers)
-    return None if launch(config, function, slots, None) else out
+    return None if launch(config, function, slots, None) else made
 
 
-def served(name: str, describe: Callable[..., tuple[Tensor, Launch | None]]) -> Callable[..., Tensor]:
-    """The CUDA kernel of an operator from what describes its launch; the aten formula serves where there is none."""
+def served(
+    name: str, describe: Callable[..., tuple[Any, Launch | None]], formula: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The CUDA kernel of an operator from what describes its output, or outputs, and their launch.
+
+    The formula serves where no launch is described.
+    """
     count = OPERATORS[name].tensors
     types = [str(argument.type) for argument in getattr(torch.ops.altgrad, name).default._schema.arguments[count:]]
     block = types.index("List[int]") if "List[int]" in types else None  # no key for a dictionary
     calls: dict[tuple[Any, ...], Call] = {}
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any) -> Any:
         tensors = args[:count]
         options = args[count:]
         if block is not None:
             options = *options[:block], tuple(options[block]), *options[block + 1 :]
         key = options, *[tensor if tensor is None else traits(tensor) for tensor in tensors]
         call = calls.get(key)
-        if call is not None and (out := again(call, tensors)) is not None:
-            return out
-        out, launch = describe(*args)
+        if call is not None and (made := again(call, tensors)) is not None:
+            return made[0] if len(made) == 1 else tuple(made)
+        output, launch = describe(*args)
         if launch is None:
-            return aten.KERNELS[name](*args)
-        call = call_of(launch, start(launch), tensors, out)
+            return formula(*args)
+        outputs = (output,) if isinstance(output, Tensor) else output
+        call = call_of(launch, start(launch), tensors, outputs)
         if call is not None:
             if len(calls) >= MAX_CALLS:
                 calls.clear()
             calls[key] = call
-        return out
+        return output
 
     return kernel

@@ -14,10 +14,11 @@ CHUNK = 1024  # elements that a C kernel takes at a time, as in csrc/kernels.c
 STRIP, LEAST_SPAN = 1 << 18, 256  # bytes of a strip of tall blocks, two of which are in the second-level cache; columns
 TILE = 4096  # elements of a program, where its blocks are not larger
 PER_WARP = 1024  # elements of 32 threads
-# Of a program of columns, whose threads have eight columns each: fewer of them share a scale, which each one finds.
-COLUMNS_TILE, COLUMNS_PER_WARP, COLUMNS_ACROSS = 2048, 2048, 64
-# Of a program of both directions: its rows and columns where blocks are not larger, and elements of 32 threads.
-BOTH_DOWN, BOTH_ACROSS, BOTH_PER_WARP, BOTH_BLOCK = 32, 64, 1024, 128
+# Of a program of columns: elements, columns, and elements of 32 threads, which have two columns each.
+COLUMNS_TILE, COLUMNS_ACROSS, COLUMNS_PER_WARP = 1024, 64, 2048
+COLUMN = 32  # elements of a column that a thread takes at most
+# Of a program of both directions, 32 threads: its rows, where blocks are not larger, and columns.
+BOTH_DOWN, BOTH_ACROSS = 16, 64
 MAX_BLOCK = 16384  # the largest block, of sizes that are powers of two, that a program holds
 ACROSS = 128  # columns of a tile of several rows
 _LARGEST = (2.0 - 2.0**-23) * 2.0**127
@@ -44,6 +45,7 @@ class Tile(NamedTuple):
 
     is_full: no tile has less than that. is_aligned: rows begin at multiples of 16. is_wide: offsets need 64 bits.
     has_fours: row-major order counts from a multiple of 4 on in every row of a block; has_fours_down: in every column.
+    is_of_columns: threads take whole columns of blocks.
     """
 
     high: int
@@ -57,6 +59,7 @@ class Tile(NamedTuple):
     is_wide: bool
     has_fours: bool
     has_fours_down: bool
+    is_of_columns: bool
 
 
 class Scaling(NamedTuple):
@@ -125,8 +128,9 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     n = math.prod(shape)
     has_fours = m.steps[2] == 1 and all(number % 4 == 0 for number in (m.width, *m.steps[:2]))
     has_fours_down = m.steps[1] == 1 and all(number % 4 == 0 for number in (m.height, m.steps[0], m.steps[2]))
+    is_of_columns = is_columns and m.height <= COLUMN and wide > 1
     sizes = high, m.height, height_room, wide, m.width, width_room
-    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours, has_fours_down)
+    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours, has_fours_down, is_of_columns)
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
     options = {"num_warps": max(1, min(16, elements // per_warp))}
@@ -148,15 +152,15 @@ class Both(NamedTuple):
 def both_of(shape: Size, size: int) -> Both | None:
     """How programs share contiguous matrices in blocks of size elements; None where tiles and blocks are not whole."""
     rows, columns = shape[-2:]
-    high, wide = max(BOTH_DOWN, size), max(BOTH_ACROSS, size)
-    has_whole_blocks = 4 <= size <= BOTH_BLOCK and size == _power_of_two(size)
+    high, wide = max(BOTH_DOWN, size), BOTH_ACROSS
+    has_whole_blocks = 2 <= size <= COLUMN and size == _power_of_two(size)
     if not has_whole_blocks or rows % high or columns % wide:
         return None
     n, is_aligned = math.prod(shape), columns % 16 == 0
-    along = Tile(high, 1, 1, wide // size, size, size, True, is_aligned, n > _NARROW, True, False)
-    down = Tile(high // size, size, size, wide, 1, 1, True, is_aligned, n > _NARROW, False, True)
-    options = {"num_warps": max(1, high * wide // BOTH_PER_WARP)}
-    return Both(n // (high * wide), (rows, columns, rows // high, columns // wide), along, down, options)
+    along = Tile(high, 1, 1, wide // size, size, size, True, is_aligned, n > _NARROW, False, False, False)
+    down = Tile(high // size, size, size, wide, 1, 1, True, is_aligned, n > _NARROW, False, False, True)
+    integers = rows, columns, rows // high, columns // wide
+    return Both(n // (high * wide), integers, along, down, {"num_warps": 1})
 
 
 class Strips(NamedTuple):

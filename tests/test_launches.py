@@ -49,9 +49,9 @@ def compiled(**changes):
 
 def test_arguments(driven):
     x, scale, out = torch.randn(8, 4), torch.ones(()), torch.empty(8, 4, dtype=torch.float16)
-    call = call_of(Launch(None, 5, [scale, x, out, out], (32, -7), (), {}), compiled(), (x, scale), out)
+    call = call_of(Launch(None, 5, [scale, x, out, out], (32, -7), (), {}), compiled(), (x, scale), (out,))
     y, other = torch.randn(8, 4), torch.ones(())
-    result = again(call, (y, other))
+    (result,) = again(call, (y, other))
     assert (result.shape, result.dtype) == ((8, 4), torch.float16)
     ((function, sizes, shared, stream, slots),) = driven
     assert (function, sizes, shared, stream) == (1234, (5, 1, 1, 128, 1, 1), 256, 77)
@@ -59,32 +59,51 @@ def test_arguments(driven):
     assert slots[:8] == [*pointers, 32, -7, 0, 0], "addresses, integers, scratch memory"
 
 
+def test_two_outputs(driven, monkeypatch):
+    """Each has a shape and strides of its own; two tensors that are not given are not one with two roles."""
+    described = []
+
+    def describe(x, *others):
+        described.append(x)
+        outputs = torch.empty_like(x), torch.empty_like(x.mT)
+        return outputs, Launch(None, 3, [x, x, x, *outputs], (x.numel(),), (), {})
+
+    monkeypatch.setattr(launches, "start", lambda launch: compiled())
+    kernel = launches.served("quantize_operands", describe, None)
+    args = None, None, None, None, "E4M3", "propagate", "nearest_ties_to_even", [1, 4]
+    for x in (torch.randn(4, 8), torch.randn(4, 8)):
+        outputs = kernel(x, *args)
+        assert [(out.shape, out.stride()) for out in outputs] == [((4, 8), (8, 1)), ((8, 4), (1, 8))]
+    assert len(described) == len(driven) == 1
+    assert driven[0][-1][:6] == [x.data_ptr()] * 3 + [out.data_ptr() for out in outputs] + [32]
+
+
 def test_a_number(driven):
     x, scale, out = torch.randn(4), torch.tensor(0.37), torch.empty(4)
-    call = call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale), out)
-    result = again(call, (x, torch.tensor(0.1)))
+    call = call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale), (out,))
+    (result,) = again(call, (x, torch.tensor(0.1)))
     slots = driven[0][-1]
     assert struct.pack("q", slots[0])[:4] == struct.pack("f", 0.1)
     assert slots[1:7] == [x.data_ptr(), result.data_ptr(), result.data_ptr(), 4, 0, 0]
-    assert call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale.double()), out) is None
+    assert call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale.double()), (out,)) is None
 
 
 def test_what_is_not_repeated(driven):
     x, scale, out = torch.randn(4), torch.ones(()), torch.empty(4)
     launch = Launch(None, 1, [scale, x, out, out], (4,), (), {})
-    assert call_of(launch, compiled(), (x, scale), out)
-    assert call_of(launch, None, (x, scale), out) is None
-    assert call_of(launch, compiled(), (x, x), out) is None, "which of two is read cannot be told"
-    assert call_of(launch._replace(tensors=[scale, x.clone(), out, out]), compiled(), (x, scale), out) is None
+    assert call_of(launch, compiled(), (x, scale), (out,))
+    assert call_of(launch, None, (x, scale), (out,)) is None
+    assert call_of(launch, compiled(), (x, x), (out,)) is None, "which of two is read cannot be told"
+    assert call_of(launch._replace(tensors=[scale, x.clone(), out, out]), compiled(), (x, scale), (out,)) is None
     for change in ({"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}):
-        assert call_of(launch, compiled(**change), (x, scale), out) is None
+        assert call_of(launch, compiled(**change), (x, scale), (out,)) is None
     odd = torch.empty(5)[1:]
-    assert call_of(launch._replace(tensors=[scale, x, odd, odd]), compiled(), (x, scale), odd) is None
+    assert call_of(launch._replace(tensors=[scale, x, odd, odd]), compiled(), (x, scale), (odd,)) is None
 
 
 def test_the_driver_refuses(driven, monkeypatch):
     x, scale, out = torch.randn(4), torch.ones(()), torch.empty(4)
-    call = call_of(Launch(None, 1, [scale, x, out, out], (4,), (), {}), compiled(), (x, scale), out)
+    call = call_of(Launch(None, 1, [scale, x, out, out], (4,), (), {}), compiled(), (x, scale), (out,))
     assert again(call, (x, scale)) is not None
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
     assert again(call, (x, scale)) is None, "another device"
@@ -113,7 +132,7 @@ def test_an_operator_is_described_once(driven, monkeypatch):
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
     monkeypatch.setattr(launches, "MAX_CALLS", 2)
-    kernel = launches.served("quantize_operand", describe)
+    kernel = launches.served("quantize_operand", describe, torch.ops.altgrad.quantize_operand)
     modes = "propagate", "nearest_ties_to_even"
     for x, options in (
         (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),
