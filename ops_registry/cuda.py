@@ -217,7 +217,7 @@ def as_scale(amax: Tensor, max_value: float) -> Described:
 
 
 def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
-    """Behind the transform the largest element of each tile by a kernel, everything else as aten does."""
+    """Behind the transform the largest of a tensor by a kernel, everything else as aten does."""
     check_amax(x, dims, hadamard)
     module = kernels("cuda_blocks")
     if not hadamard or module is None or len(dims) < x.ndim or x.dtype == torch.float64:
@@ -227,10 +227,10 @@ def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     tiling = tiling_of(x.shape, x.stride(), (*[1] * (x.ndim - 1), SIZE), False)
     if tiling is None or tiling.programs == 0:
         return aten.amax(x, dims, hadamard)
-    largest = x.new_empty([tiling.programs, *[1] * (x.ndim - 1)], dtype=torch.float32)
+    largest = x.new_zeros([1] * x.ndim, dtype=torch.int32)
     integers, constants = tiling.integers[:4], (tiling.tile,)
     start(Launch(module.largest_kernel, tiling.programs, [x, largest], integers, constants, tiling.options))
-    return aten.amax(largest, [0])
+    return largest.view(torch.float32)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
