@@ -8,6 +8,7 @@ fresh pages. Of all runs of a call the time shown is the first decile: the machi
 shows the work of others (on a quiet machine the two agree).
 """
 
+import argparse
 import ctypes
 import os
 import platform
@@ -397,6 +398,9 @@ def draw(seconds: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md, and a picture")
+    writes = parser.parse_args().write
     if cpu.backend() == "aten" and os.environ.get("ALTGRAD_CPU_TARGET") != "aten":
         sys.exit(f"{cpu.__file__} has no C kernels beside it; ALTGRAD_CPU_TARGET=aten measures without them")
     keep_memory()
@@ -424,7 +428,7 @@ def main() -> None:
         "",
     ]
     print("\n".join(section))
-    if "--write" in sys.argv:
+    if writes:
         page = DOCS / "benchmarks.md"
         title, *others = page.read_text().split("\n## ")
         kept = [f"## {other.rstrip()}\n" for other in others if not other.startswith("CPU\n")]
