@@ -8,13 +8,12 @@ operators of altgrad.quantization, and torchao's float8 training, where torchao 
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -98,11 +97,13 @@ def torchao_float8(model):
 PEERS = {"bfloat16": lambda model: None, "fake quantization by hand": by_hand, "torchao float8": torchao_float8}
 
 
-def measure(name, device, compiles, shape, context, batch):
-    """(median step, first step) in milliseconds and peak memory in GB, of a peer or a recipe."""
+def measure(change, device, compiles, shape, context, batch):
+    """(median step, first step) in milliseconds and peak memory in GB."""
+    torch.compiler.reset()
+    gc.collect()  # the model before, which its compiled code refers to
     torch.manual_seed(0)
     model = GPT2(*shape, context).to(device)
-    simulation = PEERS[name](model) if name in PEERS else simulate(model, name, skip=["head"])
+    simulation = change(model)
     if compiles:
         for block in model.blocks:
             block.compile()
@@ -135,18 +136,18 @@ def main():
     arguments = parser.parse_args()
     is_gpu = arguments.device == "cuda"
     shape, context, batch = ((12, 768, 12), 1024, 16) if is_gpu else ((2, 128, 4), 128, 4)
+    changes = PEERS | {
+        name: lambda model, name=name: simulate(model, name, skip=["head"]) for name in arguments.recipes
+    }
     print(f"{torch.cuda.get_device_name() if is_gpu else 'CPU'}, torch {torch.__version__}, {date.today()}; ", end="")
     print(f"layers, width, heads {shape}, {batch} x {context} tokens\n", flush=True)
     print("| | mode | ms a step | of bfloat16 | peak GB | of bfloat16 | first step, s | of bfloat16 |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for mode in arguments.modes:
         base = None
-        for name in (*PEERS, *arguments.recipes):
-            # In a process of its own: what others have compiled makes the host slower.
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                measured = process.submit(measure, name, arguments.device, mode == "compiled", shape, context, batch)
+        for name, change in changes.items():
             try:
-                step, first, memory = measured.result()
+                step, first, memory = measure(change, arguments.device, mode == "compiled", shape, context, batch)
             except ImportError as error:
                 print(f"| {name} | {mode} | left out: {error} |", flush=True)
                 continue
