@@ -97,9 +97,21 @@ INLINE uint32_t most_of_floats(const uint32_t *numbers, int64_t n) {
     return largest;
 }
 
+/* Of 32, the least of what is left to all ones is one instruction for eight; of other numbers compilers are as fast. */
 INLINE uint16_t most_of_halves(const uint16_t *numbers, int64_t n) {
     uint16_t largest = 0;
-    for (int64_t i = 0; i < n; i++) {
+    int64_t i = 0;
+#ifdef __SSE4_1__
+    if (n == 32) {
+        __m128i most = _mm_setzero_si128();
+        for (; i < n; i += 8) {
+            const __m128i a = _mm_loadu_si128((const __m128i *)(const void *)(numbers + i));
+            most = _mm_max_epi16(most, _mm_and_si128(a, _mm_set1_epi16(0x7fff)));
+        }
+        largest = (uint16_t)~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_andnot_si128(most, _mm_set1_epi32(-1))));
+    }
+#endif
+    for (; i < n; i++) {
         const uint16_t a = numbers[i] & 0x7fffu;
         largest = (int16_t)a > (int16_t)largest ? a : largest;
     }
