@@ -22,15 +22,16 @@ LAYOUTS = {
 }
 
 
-# Every layout and every dtype in each run, all pairs of them in the slow one.
-PAIRS = [
-    pytest.param(layout, dtype, marks=() if (i + j) % len(DTYPES) == 0 else pytest.mark.slow)
-    for i, layout in enumerate(LAYOUTS)
-    for j, dtype in enumerate(DTYPES)
-]
+def pairs(*marks_of_other_layouts):
+    """Every layout and every dtype in each run, all pairs of them in the slow one."""
+    parameters = []
+    for i, layout in enumerate(LAYOUTS):
+        for j, dtype in enumerate(DTYPES):
+            marks = [*(marks_of_other_layouts if i > 0 else ()), *([pytest.mark.slow] if (i + j) % len(DTYPES) else [])]
+            parameters.append(pytest.param(layout, dtype, marks=marks))
+    return pytest.mark.parametrize(("layout", "dtype"), parameters, ids=str)
 
 
-pairs = pytest.mark.parametrize(("layout", "dtype"), PAIRS, ids=str)
 gradients = pytest.mark.parametrize("requires_grad", [False, True])
 
 
@@ -44,21 +45,32 @@ def every_operation_is_computed():
         yield
 
 
-@pairs
-@gradients
-@pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(name, layout, dtype, requires_grad, device):
+def sample(name, layout, dtype, requires_grad, device):
+    """An operator and its arguments."""
     x = LAYOUTS[layout]().to(device, dtype)
     row, column = x.shape[-1:], [*x.shape[-2:-1], 1][: x.ndim]
     scale = torch.rand((row, column, ())[[*SAMPLES].index(name) % 3], device=device) + 0.1
-    op = getattr(ag, name).default
-    args = SAMPLES[name](x.detach().requires_grad_(requires_grad), scale)
+    return getattr(ag, name).default, SAMPLES[name](x.detach().requires_grad_(requires_grad), scale)
+
+
+@pairs()
+@gradients
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name, layout, dtype, requires_grad, device):
+    torch.library.opcheck(*sample(name, layout, dtype, requires_grad, device), test_utils=DEFAULT_TEST_UTILS[:3])
+
+
+@pairs(pytest.mark.compiles)
+@gradients
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_by_tracing(name, layout, dtype, requires_grad, device):
+    op, args = sample(name, layout, dtype, requires_grad, device)
     # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad.
-    is_traced = not requires_grad or any(t.requires_grad for t in pytree.tree_leaves(op(*args)))
-    torch.library.opcheck(op, args, test_utils=DEFAULT_TEST_UTILS if is_traced else DEFAULT_TEST_UTILS[:3])
+    if not requires_grad or any(t.requires_grad for t in pytree.tree_leaves(op(*args))):
+        torch.library.opcheck(op, args, test_utils=DEFAULT_TEST_UTILS[3:])
 
 
-@pairs
+@pairs()
 @gradients
 def test_opcheck_of_a_scale_that_requires_grad(layout, dtype, requires_grad, device):
     x = LAYOUTS[layout]().to(device, dtype).detach().requires_grad_(requires_grad)
