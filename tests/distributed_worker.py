@@ -1,7 +1,7 @@
 """The processes behind test_distributed.py: every case in one set of them, ``distributed_worker.py SIZE DEVICE``.
 
 A case is a function of the world size. Each rank writes ``{case: traceback or None}`` to the file RESULTS names. The
-ranks are forked from a process that has imported all they need.
+ranks of a CPU are forked from a process that has imported all they need.
 """
 
 import functools
@@ -600,4 +600,5 @@ def run_cases(rank, size):
 
 if __name__ == "__main__":
     size = int(sys.argv[1])
-    torch.multiprocessing.start_processes(run_cases, (size,), nprocs=size, start_method="fork")
+    method = "fork" if DEVICE == "cpu" else "spawn"  # CUDA does not live on in what is forked
+    torch.multiprocessing.start_processes(run_cases, (size,), nprocs=size, start_method=method)
