@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .arithmetic import compute_dtype
-from .checks import check_encode_blocks, check_quantize_operand, check_quantize_operands
+from .checks import check_encode_blocks, check_quantize_operand, check_quantize_operands, in_two_calls
 from .formats import FP8Format, resolve
 from .hadamard import transformed
 from .modes import SEED
@@ -96,20 +96,18 @@ def quantize_operands(
 
     kernels: those of the single operators, by name, instead of the dispatcher.
     """
-    options = block, power_of_two, scale_format, headroom, dtype
-    check_quantize_operands(
-        *(x, tensor_scale, turned_scale, seed, turned_seed, format, saturation, rounding), *options, hadamard
-    )
-
+    tensors, options = (tensor_scale, turned_scale, seed, turned_seed), (power_of_two, scale_format, headroom, dtype)
+    args = *tensors, format, saturation, rounding, block, *options, hadamard
+    check_quantize_operands(x, *args)
     single = partial(getattr, torch.ops.altgrad) if kernels is None else kernels.__getitem__
 
-    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, hadamard: bool) -> Tensor:
+    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, options: tuple[Any, ...]) -> Tensor:
         if seed is None:
-            return single("quantize_operand")(x, scale, format, saturation, rounding, *options, hadamard)
-        return single("quantize_operand_stochastic")(x, scale, seed, format, saturation, *options, hadamard)
+            return single("quantize_operand")(x, scale, *options)
+        return single("quantize_operand_stochastic")(x, scale, seed, *options[:2], *options[3:])
 
-    first = operand(x, tensor_scale, seed, False)
-    return first, operand(x.transpose(-2, -1), turned_scale, turned_seed, hadamard)
+    first, second = (operand(*call) for call in in_two_calls(x, *args))
+    return first, second
 
 
 def encode_blocks(

@@ -126,33 +126,34 @@ def check_quantize_operand(
     return resolve(format)
 
 
-def check_quantize_operands(
+def in_two_calls(
     x: Tensor,
     tensor_scale: Tensor | None,
     turned_scale: Tensor | None,
     seed: Tensor | None,
     turned_seed: Tensor | None,
-    format: str,
-    saturation: str,
-    rounding: str,
-    block: list[int],
-    power_of_two: str | None = None,
-    scale_format: str | None = None,
-    headroom: float = 1.0,
-    dtype: torch.dtype | None = None,
-    hadamard: bool = False,
-) -> FP8Format:
+    *options: Any,
+) -> list[tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]]]:
+    """The calls of quantize_operand that quantize_operands stands for: x, scale, seed and options of each.
+
+    The last of the options, whether it transforms, is that of x transposed alone.
+    """
+    return [(x, tensor_scale, seed, options[:8]), (x.transpose(-2, -1), turned_scale, turned_seed, options)]
+
+
+def check_quantize_operands(x: Tensor, *args: Any) -> FP8Format:
     """Checks the arguments of quantize_operands; returns the format."""
     if x.ndim < 2:
         raise ValueError(f"x must have at least 2 dimensions to be transposed, got {x.ndim}")
-    for random_bits in (seed, turned_seed):
-        if (random_bits is not None) != (rounding == "stochastic"):
+    calls = in_two_calls(x, *args)
+    for _, _, seed, (_, _, rounding, *_) in calls:
+        if (seed is not None) != (rounding == "stochastic"):
             raise ValueError(f"rounding 'stochastic' needs a seed for each output and others none, got {rounding!r}")
-        if random_bits is not None and random_bits.dtype != SEED:
-            raise TypeError(f"a seed must have dtype {SEED}, got {random_bits.dtype}")
-    options = format, saturation, rounding, block, power_of_two, scale_format, headroom, dtype
-    check_quantize_operand(x, tensor_scale, *options, False, seed)
-    return check_quantize_operand(x.transpose(-2, -1), turned_scale, *options, hadamard, turned_seed)
+        if seed is not None and seed.dtype != SEED:
+            raise TypeError(f"a seed must have dtype {SEED}, got {seed.dtype}")
+    check: Any = check_quantize_operand
+    format, _ = (check(x, scale, *options, random_bits=seed) for x, scale, seed, options in calls)
+    return format
 
 
 def check_encode_blocks(x: Tensor, *args: Any, **random_bits: Any) -> FP8Format:

@@ -133,6 +133,13 @@ def in_order_of(out: Tensor, x: Tensor) -> Tensor:
     return laid_out_as(out, x)
 
 
+def beside(x: Tensor, scale: Tensor) -> Tensor:
+    """A scale, which may be a 0-d tensor on the CPU, on the device of x."""
+    if scale.get_device() == x.get_device():
+        return scale
+    return torch.full((), scale.item(), dtype=scale.dtype, device=x.device)
+
+
 def launch_of(
     kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str
 ) -> Launch | None:
@@ -149,7 +156,7 @@ def launch_of(
     tensors: list[Any] = [scale, *[in_order_of(out, x) for x in inputs], out]
     if scale.get_device() != out.get_device():
         if any(tensor.dtype == torch.float64 for tensor in tensors[1:]):  # kernels take numbers in float32
-            tensors[0] = torch.full((), scale.item(), dtype=scale.dtype, device=out.device)
+            tensors[0] = beside(out, scale)
         else:
             tensors[0] = scale.float().item()
     options = {"num_warps": NUM_WARPS, "maxnreg": None if layout[0].is_columns else MAX_REGISTERS}
@@ -311,13 +318,6 @@ def quantize_operand(
     )
 
 
-def beside(x: Tensor, tensor_scale: Tensor) -> Tensor:
-    """A scale, which may be a 0-d tensor on the CPU, on the device of x."""
-    if tensor_scale.get_device() == x.get_device():
-        return tensor_scale
-    return torch.full((), tensor_scale.item(), dtype=tensor_scale.dtype, device=x.device)
-
-
 def quantize_operands(
     x: Tensor,
     tensor_scale: Tensor | None,
@@ -408,13 +408,7 @@ DESCRIPTIONS = with_twins(
     }
 )
 KERNELS = with_twins(
-    {
-        "encode_blocks": encode_blocks,
-        "pack": pack,
-        "unpack": unpack,
-        "matmul": matmul,
-        "amax": amax,
-    }
+    {"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul, "amax": amax}
 ) | {
     name: served(name, describe, in_two_launches if name == "quantize_operands" else aten.KERNELS[name])
     for name, describe in DESCRIPTIONS.items()

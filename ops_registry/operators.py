@@ -45,8 +45,8 @@ _IN_BLOCKS_STOCHASTIC = (
 _TWO = "-> (Tensor, Tensor)"
 _OPERANDS = (
     "(Tensor x, Tensor? tensor_scale, Tensor? turned_scale, Tensor? seed, Tensor? turned_seed, "
-    f"str format, str saturation, str rounding, {_BLOCKS}) -> Tensor"
-)
+    f"str format, str saturation, str rounding, {_BLOCKS}{_OPERAND}"
+).replace("-> Tensor", _TWO)
 
 
 class Operator(NamedTuple):
@@ -178,11 +178,7 @@ OPERATORS = {
         is_pointwise=False,
     ),
     "quantize_operands": Operator(
-        _OPERANDS.replace(") -> Tensor", _OPERAND.replace("-> Tensor", _TWO)),
-        check_quantize_operands,
-        _both,
-        is_pointwise=False,
-        is_laid_out_like_x=False,
+        _OPERANDS, check_quantize_operands, _both, is_pointwise=False, is_laid_out_like_x=False
     ),
     "encode_blocks": Operator(
         _IN_BLOCKS.replace("-> Tensor", _TWO),

@@ -39,6 +39,12 @@ class Matrices(NamedTuple):
     width: int
     steps: Size
 
+    @property
+    def has_fours_down(self) -> bool:
+        """Whether row-major order counts from a multiple of 4 on in every column of a block."""
+        out, down, across = self.steps
+        return down == 1 and all(number % 4 == 0 for number in (self.height, out, across))
+
 
 class Tile(NamedTuple):
     """high times wide blocks of height times width; rooms are powers of two.
@@ -127,10 +133,9 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     is_full = is_full and (height_room, width_room) == (m.height, m.width)
     n = math.prod(shape)
     has_fours = m.steps[2] == 1 and all(number % 4 == 0 for number in (m.width, *m.steps[:2]))
-    has_fours_down = m.steps[1] == 1 and all(number % 4 == 0 for number in (m.height, m.steps[0], m.steps[2]))
     is_of_columns = is_columns and m.height <= COLUMN and wide > 1
     sizes = high, m.height, height_room, wide, m.width, width_room
-    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours, has_fours_down, is_of_columns)
+    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours, m.has_fours_down, is_of_columns)
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
     options = {"num_warps": max(1, min(16, elements // per_warp))}
@@ -190,8 +195,7 @@ def strips_of(shape: Size, strides: Size, block: Size, itemsize: int) -> Strips 
     down, across = -(-m.rows // m.height), -(-m.columns // span)
     number = m.stack * down * across if math.prod(shape) else 0
     integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps
-    has_fours_down = m.steps[1] == 1 and all(number % 4 == 0 for number in (m.height, m.steps[0], m.steps[2]))
-    return Strips(number, integers, m.steps[2] == 1 or has_fours_down)
+    return Strips(number, integers, m.steps[2] == 1 or m.has_fours_down)
 
 
 def _power_of_two(n: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_pack, check_unpack
+from .checks import check_pack, check_unpack, in_two_calls
 from .modes import SEED
 from .operators import IN_BLOCKS, OPERATORS, library
 from .philox import random_bits as bits_of
@@ -60,35 +60,14 @@ def _in_blocks(name: str) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-def _operands(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    x: Tensor,
-    tensor_scale: Tensor | None,
-    turned_scale: Tensor | None,
-    seed: Tensor | None,
-    turned_seed: Tensor | None,
-    format: str,
-    saturation: str,
-    rounding: str,
-    block: list[int],
-    power_of_two: str | None = None,
-    scale_format: str | None = None,
-    headroom: float = 1.0,
-    dtype: torch.dtype | None = None,
-    hadamard: bool = False,
-) -> tuple[Any, Any]:
+def _operands(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Any, Any]:
     """The two calls of the formula, each by its rule."""
-    x, options = _stack(info, x, in_dims[0]), (block, power_of_two, scale_format, headroom, dtype)
-    rule = _in_blocks("quantize_operand" if seed is None else "quantize_operand_stochastic")
-
-    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, dims: Any, hadamard: bool) -> Any:
-        modes = (format, saturation, rounding) if seed is None else (seed, format, saturation)
-        return rule(info, (0, *dims), x, scale, *modes, *options, hadamard)[0]
-
-    first = operand(x, tensor_scale, seed, in_dims[1:4:2], False)
-    second = operand(x.transpose(-2, -1), turned_scale, turned_seed, in_dims[2:5:2], hadamard)
-    return _leading((first, second))
+    calls, outputs = in_two_calls(_stack(info, x, in_dims[0]), *args), []
+    for (x, scale, seed, options), dims in zip(calls, (in_dims[1:4:2], in_dims[2:5:2]), strict=True):
+        rule = _in_blocks("quantize_operand" if seed is None else "quantize_operand_stochastic")
+        modes = options[:3] if seed is None else (seed, *options[:2])
+        outputs.append(rule(info, (0, *dims), x, scale, *modes, *options[3:])[0])
+    return _leading(tuple(outputs))
 
 
 def _leading(outputs: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import DTYPES, assert_same_bits
 from interpreter import INTERPRETS, interpreted, run_interpreted, runs_interpreted
+from test_quantize_blocks import on
 
 from ops_registry import aten, cuda, launches, tiles
 from ops_registry.arithmetic import compute_dtype
@@ -75,16 +76,6 @@ def single(x, scale, seed, format, saturation, rounding, *options):
     if seed is None:
         return aten.KERNELS["quantize_operand"](x, scale, format, saturation, rounding, *options)
     return aten.KERNELS["quantize_operand_stochastic"](x, scale, seed, format, saturation, *options)
-
-
-def on(device, args):
-    return [move(a, device) if isinstance(a, torch.Tensor) else a for a in args]
-
-
-def move(tensor, device):
-    """A tensor on a device with its strides."""
-    storage = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0).to(device)
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def check(op, x, rule, device, dtype=None):
