@@ -44,7 +44,7 @@ def runs_interpreted(test):
 
 def run_interpreted(file):
     """Runs the interpreted tests of a file, all of which must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", file]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout, run.stdout
