@@ -7,7 +7,6 @@ two products. encode_blocks gives packed codes and scales.
 Kernels that read x once give the same bits: csrc/blocks.h and cuda_blocks.py. What they do not serve, this does.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -74,39 +73,10 @@ def quantize_blocks(*args: Any, **random_bits: Any) -> Tensor:
     return quantize_operand(*args, **random_bits | {"with_tensor_scale": True})
 
 
-def quantize_operands(
-    x: Tensor,
-    tensor_scale: Tensor | None,
-    turned_scale: Tensor | None,
-    seed: Tensor | None,
-    turned_seed: Tensor | None,
-    format: str,
-    saturation: str,
-    rounding: str,
-    block: list[int],
-    power_of_two: str | None = None,
-    scale_format: str | None = None,
-    headroom: float = 1.0,
-    dtype: torch.dtype | None = None,
-    hadamard: bool = False,
-    *,
-    kernels: dict[str, Callable[..., Tensor]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x as an operand, and x transposed as another one, behind the Hadamard transform where hadamard.
-
-    kernels: those of the single operators, by name, instead of the dispatcher.
-    """
-    tensors, options = (tensor_scale, turned_scale, seed, turned_seed), (power_of_two, scale_format, headroom, dtype)
-    args = *tensors, format, saturation, rounding, block, *options, hadamard
-    check_quantize_operands(x, *args)
-    single = partial(getattr, torch.ops.altgrad) if kernels is None else kernels.__getitem__
-
-    def operand(x: Tensor, scale: Tensor | None, seed: Tensor | None, options: tuple[Any, ...]) -> Tensor:
-        if seed is None:
-            return single("quantize_operand")(x, scale, *options)
-        return single("quantize_operand_stochastic")(x, scale, seed, *options[:2], *options[3:])
-
-    first, second = (operand(*call) for call in in_two_calls(x, *args))
+def quantize_operands(*args: Any) -> tuple[Tensor, Tensor]:
+    """x as an operand, and x transposed as another one, behind the Hadamard transform where it is asked for."""
+    check_quantize_operands(*args)
+    first, second = (torch.ops.altgrad.quantize_operand(*call) for call in in_two_calls(*args))
     return first, second
 
 

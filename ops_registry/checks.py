@@ -130,29 +130,20 @@ def in_two_calls(
     x: Tensor,
     tensor_scale: Tensor | None,
     turned_scale: Tensor | None,
-    seed: Tensor | None,
-    turned_seed: Tensor | None,
     *options: Any,
-) -> list[tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, ...]]]:
-    """The calls of quantize_operand that quantize_operands stands for: x, scale, seed and options of each.
+) -> list[tuple[Any, ...]]:
+    """The arguments of the two calls of quantize_operand that quantize_operands stands for.
 
     The last of the options, whether it transforms, is that of x transposed alone.
     """
-    return [(x, tensor_scale, seed, options[:8]), (x.transpose(-2, -1), turned_scale, turned_seed, options)]
+    return [(x, tensor_scale, *options[:8]), (x.transpose(-2, -1), turned_scale, *options)]
 
 
 def check_quantize_operands(x: Tensor, *args: Any) -> FP8Format:
     """Checks the arguments of quantize_operands; returns the format."""
     if x.ndim < 2:
         raise ValueError(f"x must have at least 2 dimensions to be transposed, got {x.ndim}")
-    calls = in_two_calls(x, *args)
-    for _, _, seed, (_, _, rounding, *_) in calls:
-        if (seed is not None) != (rounding == "stochastic"):
-            raise ValueError(f"rounding 'stochastic' needs a seed for each output and others none, got {rounding!r}")
-        if seed is not None and seed.dtype != SEED:
-            raise TypeError(f"a seed must have dtype {SEED}, got {seed.dtype}")
-    check: Any = check_quantize_operand
-    format, _ = (check(x, scale, *options, random_bits=seed) for x, scale, seed, options in calls)
+    format, _ = (check_quantize_operand(*call) for call in in_two_calls(x, *args))
     return format
 
 

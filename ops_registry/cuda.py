@@ -223,21 +223,28 @@ def as_scale(amax: Tensor, max_value: float) -> Described:
     return out, Launch(module.as_scale_kernel, -(-out.numel() // SCALES), tensors, (out.numel(),), constants, options)
 
 
-def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
-    """Behind the transform the largest of a tensor by a kernel, everything else as aten does."""
+def amax_of_transformed(x: Tensor, dims: list[int], hadamard: bool) -> Described:
+    """The largest of a whole tensor behind the transform."""
     check_amax(x, dims, hadamard)
-    module = kernels("cuda_blocks")
-    if not hadamard or module is None or len(dims) < x.ndim or x.dtype == torch.float64:
-        return aten.amax(x, dims, hadamard)
+    out, module = OPERATORS["amax"].output(x, dims), kernels("cuda_blocks")
+    if module is None or len(dims) < x.ndim or x.dtype == torch.float64:
+        return out, None
     is_dense = x.is_contiguous() or (x.ndim > 1 and x.mT.is_contiguous())
     x = x if is_dense else x.contiguous()
     tiling = tiling_of(x.shape, x.stride(), (*[1] * (x.ndim - 1), SIZE), False)
     if tiling is None or tiling.programs == 0:
-        return aten.amax(x, dims, hadamard)
-    largest = x.new_zeros([1] * x.ndim, dtype=torch.int32)
+        return out, None
     integers, constants = tiling.integers[:4], (tiling.tile,)
-    start(Launch(module.largest_kernel, tiling.programs, [x, largest], integers, constants, tiling.options))
-    return largest.view(torch.float32)
+    options, kernel = tiling.options, module.largest_kernel
+    return out.zero_(), Launch(kernel, tiling.programs, [x, out], integers, constants, options, from_zero=True)
+
+
+by_kernel = served("amax", amax_of_transformed, aten.amax)
+
+
+def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
+    """Behind the transform by a kernel, everything else as aten does."""
+    return by_kernel(x, dims, hadamard) if hadamard else aten.amax(x, dims)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -322,8 +329,6 @@ def quantize_operands(
     x: Tensor,
     tensor_scale: Tensor | None,
     turned_scale: Tensor | None,
-    seed: Tensor | None,
-    turned_seed: Tensor | None,
     format: str,
     saturation: str,
     rounding: str,
@@ -335,8 +340,8 @@ def quantize_operands(
     hadamard: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], Launch | None]:
     """Both from one read, where x is whole tiles in blocks along the last dimension."""
-    tensors, modes = (x, tensor_scale, turned_scale, seed, turned_seed), (format, saturation, rounding)
-    args: tuple[Any, ...] = *tensors, *modes, block, power_of_two, scale_format, headroom, dtype, hadamard
+    modes, options = (format, saturation, rounding), (power_of_two, scale_format, headroom, dtype, hadamard)
+    args: tuple[Any, ...] = x, tensor_scale, turned_scale, *modes, block, *options
     f = check_quantize_operands(*args)
     g = None if scale_format is None else resolve(scale_format)
     outputs: tuple[Tensor, Tensor] = OPERATORS["quantize_operands"].output(*args)
@@ -346,20 +351,15 @@ def quantize_operands(
     both = both_of(along.shape, block[-1]) if is_dense and all(size == 1 for size in block[:-1]) else None
     module = kernels("cuda_blocks")
     is_served = x.dtype != torch.float64 and fits_blocks(f, g) and (not hadamard or has_groups(block))
-    # What takes the time of stochastic rounding is arithmetic, for which each kernel has more room.
-    if module is None or both is None or not is_served or rounding == "stochastic":
+    if module is None or both is None or not is_served:
         return outputs, None
-    scales, transforms = [x if s is None else beside(x, s) for s in tensors[1:3]], (False, hadamard)
+    scales, transforms = [x if s is None else beside(x, s) for s in (tensor_scale, turned_scale)], (False, hadamard)
     if along is turned:
         scales, transforms = scales[::-1], transforms[::-1]
     scaling, pointers = scaling_of(f, power_of_two, headroom, False), [in_order_of(out, x), *scales, along, down]
     constants = both.along, both.down, f, g, saturation, rounding, scaling, *transforms
     kernel = module.quantize_operands_kernel
     return outputs, Launch(kernel, both.programs, pointers, both.integers, constants, both.options)
-
-
-def in_two_launches(*args: Any) -> tuple[Tensor, Tensor]:
-    return blocks.quantize_operands(*args, kernels=KERNELS)
 
 
 def encode_blocks(
@@ -409,10 +409,7 @@ DESCRIPTIONS = with_twins(
 )
 KERNELS = with_twins(
     {"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul, "amax": amax}
-) | {
-    name: served(name, describe, in_two_launches if name == "quantize_operands" else aten.KERNELS[name])
-    for name, describe in DESCRIPTIONS.items()
-}
+) | {name: served(name, describe, aten.KERNELS[name]) for name, describe in DESCRIPTIONS.items()}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

@@ -175,12 +175,13 @@ def load_tile(x_ptr, matrix, rows, columns, down, across, tile: tl.constexpr):
 def largest_kernel(
     x_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64, tiles_across: tl.int64, tile: tl.constexpr
 ):
-    """The bits of the largest magnitude behind the Hadamard transform, as an integer that is 0 at first."""
+    """The largest magnitude behind the Hadamard transform, where a 0 was."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
     x = hadamard(load_tile(x_ptr, matrix, rows, columns, down, across, tile), tile)
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as magnitudes, NaN behind infinity
     largest = tl.max(bits.reshape(tile.high * tile.height_room * tile.wide * tile.width_room), axis=0)
     # Most programs find a larger one there, or one that was, and leave it.
+    out_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     tl.atomic_max(out_ptr, largest, largest > tl.load(out_ptr), "relaxed")
 
 

@@ -35,7 +35,10 @@ empty: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, "_empty_strided_
 
 
 class Launch(NamedTuple):
-    """A kernel, how many programs run it, and its arguments; the first of the tensors may be a number."""
+    """A kernel, how many programs run it, and its arguments; the first of the tensors may be a number.
+
+    from_zero: the outputs are 0 before it.
+    """
 
     kernel: Any
     programs: int
@@ -43,16 +46,18 @@ class Launch(NamedTuple):
     integers: tuple[int, ...]
     constants: tuple[Any, ...]
     options: dict[str, Any]
+    from_zero: bool = False
 
 
 class Call(NamedTuple):
     """A launch whose addresses alone are to come: those of the operator's tensors and outputs.
 
-    outputs: the shape, strides and dtype of each. with_number: the value of the operator's second tensor goes before
-    the pointers. pack_into writes the memory of a Driver.
+    outputs: the shape, strides and dtype of each; from_zero: they are 0 before it. with_number: the value of the
+    operator's second tensor goes before the pointers. pack_into writes the memory of a Driver.
     """
 
     outputs: tuple[tuple[Any, ...], ...]
+    from_zero: bool
     device: int
     function: int
     grid: tuple[int, ...]
@@ -89,7 +94,7 @@ def traits(tensor: Tensor) -> tuple[Any, ...]:
 
 def start(launch: Launch) -> Any:
     """Runs a kernel on the device of the last tensor and its current stream; what Triton compiled for it."""
-    kernel, programs, tensors, integers, constants, options = launch
+    kernel, programs, tensors, integers, constants, options, _ = launch
     if programs == 0:
         return None
     device = tensors[-1].get_device()
@@ -133,16 +138,19 @@ def call_of(
     slots = struct.Struct(f"=7I4xq16x{number}{len(sources) + len(launch.integers) + len(_SCRATCH)}q")
     grid = launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
     to_make = tuple((tuple(out.shape), out.stride(), out.dtype) for out in outputs)
-    integers, device = (*launch.integers, *_SCRATCH), outputs[0].get_device()
-    return Call(to_make, device, compiled.function, grid, sources, with_number, integers, slots.pack_into, compiled)
+    integers, of_outputs = (*launch.integers, *_SCRATCH), (to_make, launch.from_zero, outputs[0].get_device())
+    return Call(*of_outputs, compiled.function, grid, sources, with_number, integers, slots.pack_into, compiled)
 
 
 def again(call: Call, tensors: tuple[Tensor | None, ...]) -> list[Tensor] | None:
     """The outputs of the call on these tensors; None where the driver did not launch it, and Triton has to."""
-    outputs, device, function, grid, sources, with_number, integers, pack_into, _ = call
+    outputs, from_zero, device, function, grid, sources, with_number, integers, pack_into, _ = call
     if device != torch._C._cuda_getDevice():
         return None
     made = [empty(*place) for place in outputs]
+    if from_zero:
+        for output in made:
+            output.zero_()
     theirs: Any = (*tensors, *made)
     addresses = [theirs[source].data_ptr() for source in sources]
     if addresses[-1] & 15:

@@ -44,7 +44,7 @@ _IN_BLOCKS_STOCHASTIC = (
 
 _TWO = "-> (Tensor, Tensor)"
 _OPERANDS = (
-    "(Tensor x, Tensor? tensor_scale, Tensor? turned_scale, Tensor? seed, Tensor? turned_seed, "
+    "(Tensor x, Tensor? tensor_scale, Tensor? turned_scale, "
     f"str format, str saturation, str rounding, {_BLOCKS}{_OPERAND}"
 ).replace("-> Tensor", _TWO)
 

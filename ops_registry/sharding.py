@@ -88,12 +88,12 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
 
 
 def _placements_of_operands(
-    x: Any, tensor_scale: Any, turned_scale: Any, seed: Any, turned_seed: Any, *args: Any
+    x: Any, tensor_scale: Any, turned_scale: Any, *args: Any
 ) -> list[tuple[list[Any], list[Any]]]:
-    """Replicated, or split as x is where no block of either direction is, and no seed counts elements."""
+    """Replicated, or split as x is where no block of either direction is."""
     from torch.distributed.tensor import Replicate, Shard
 
-    others = [None if t is None else Replicate() for t in (tensor_scale, turned_scale, seed, turned_seed)]
+    others = [None if t is None else Replicate() for t in (tensor_scale, turned_scale)]
     options = [None] * len(args)
     *outer, height, width = next(argument for argument in args if isinstance(argument, list | tuple))
     of_both = -1 if -1 in (height, width) else math.lcm(height, width)
@@ -101,9 +101,8 @@ def _placements_of_operands(
     turned = {x.ndim - 2: x.ndim - 1, x.ndim - 1: x.ndim - 2}
     choices: list[tuple[list[Any], list[Any]]] = []
     for (p,), _ in _placements_of_blocks(x, None, "", [*outer, down, of_both]):
-        if p.is_replicate() or seed is None:
-            of_turned = Shard(turned.get(p.dim, p.dim)) if p.is_shard() else p
-            choices.append(([p, of_turned], [p, *others, *options]))
+        of_turned = Shard(turned.get(p.dim, p.dim)) if p.is_shard() else p
+        choices.append(([p, of_turned], [p, *others, *options]))
     return choices
 
 

@@ -63,10 +63,8 @@ def _in_blocks(name: str) -> Callable[..., tuple[Any, Any]]:
 def _operands(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Any, Any]:
     """The two calls of the formula, each by its rule."""
     calls, outputs = in_two_calls(_stack(info, x, in_dims[0]), *args), []
-    for (x, scale, seed, options), dims in zip(calls, (in_dims[1:4:2], in_dims[2:5:2]), strict=True):
-        rule = _in_blocks("quantize_operand" if seed is None else "quantize_operand_stochastic")
-        modes = options[:3] if seed is None else (seed, *options[:2])
-        outputs.append(rule(info, (0, *dims), x, scale, *modes, *options[3:])[0])
+    for call, of_scale in zip(calls, in_dims[1:3], strict=True):
+        outputs.append(_in_blocks("quantize_operand")(info, (0, of_scale), *call)[0])
     return _leading(tuple(outputs))
 
 

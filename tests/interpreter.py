@@ -1,5 +1,6 @@
 """Triton's interpreter: kernels on the CPU, in a process of their own, for the tests named ``interpreted``."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -15,6 +16,10 @@ except ImportError:
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETS:
     from triton.runtime import interpreter
+
+    # It asks after every operation whether integers have wrapped, as those of the kernels may: a third of its time.
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 
     @functools.cache
     def patch_for_good(function, patch=interpreter._patch_lang):

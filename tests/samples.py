@@ -35,6 +35,11 @@ def tensor_scale(x):
     return torch.full((), 0.01, dtype=compute_dtype(x.dtype), device=x.device)
 
 
+def pairs_along_two_dimensions(x):
+    """Blocks, of which those along one dimension are uneven in most layouts: each more doubles what is traced."""
+    return [*[1] * (x.ndim - 2), 2, 2][-x.ndim :] if x.ndim else []
+
+
 # name -> the arguments for a floating-point x and a scale that broadcasts to it
 SAMPLES = {
     "quantize": lambda x, scale: (x, scale, "E4M3", "none", "toward_zero"),
@@ -47,7 +52,10 @@ SAMPLES = {
     "project_stochastic": lambda x, scale: (x, scale, random_bits(x), "E5M2"),
     "decode": lambda x, scale: (codes(x), scale, "E3M4", x.dtype),  # no NaN: opcheck takes it for a difference
     "dequantize": lambda x, scale: (x, scale),
-    "quantize_blocks": lambda x, scale: (x, None, "E4M3", "none", "toward_zero", [2] * x.ndim, "rceil"),
+    "quantize_blocks": lambda x, scale: (
+        *(x, None, "E4M3", "none", "toward_zero"),
+        *(pairs_along_two_dimensions(x), "rceil"),
+    ),
     "quantize_blocks_stochastic": lambda x, scale: (
         *(x, tensor_scale(x), random_bits(x), "E2M1", "finite"),
         *([-1] * x.ndim, None, "E4M3"),
@@ -62,8 +70,7 @@ SAMPLES = {
     ),
     "quantize_operands": lambda x, scale: (
         *(x if x.ndim > 1 else x.reshape(1, -1), tensor_scale(x), 2 * tensor_scale(x)),
-        *(torch.tensor(seed, device=x.device) for seed in (7, 2026)),
-        *("E2M1", "propagate", "stochastic", [*[1] * (max(x.ndim, 2) - 1), 2], None, "E4M3", 1.0, other_dtype(x)),
+        *("E2M1", "propagate", "toward_zero", [*[1] * (max(x.ndim, 2) - 1), 2], None, "E4M3", 1.0, other_dtype(x)),
     ),
     "as_scale": lambda x, scale: (x if x.dtype == torch.float64 else x.float(), 448.0),
     "encode_blocks": lambda x, scale: (
@@ -72,8 +79,7 @@ SAMPLES = {
     ),
     "encode_blocks_stochastic": lambda x, scale: (
         *(x if x.ndim else x.unsqueeze(0), None, random_bits(x if x.ndim else x.unsqueeze(0)), "E3M2", "finite"),
-        # Along two dimensions of which one is uneven: of more, that of quantize_blocks is split, by the same lines.
-        *([*[1] * (x.ndim - 2), 2, 2][-max(x.ndim, 1) :], "rceil"),
+        *(pairs_along_two_dimensions(x) or [2], "rceil"),
     ),
     "pack": lambda x, scale: (codes(x).unsqueeze(0), 6),
     "unpack": lambda x, scale: (codes(x).unsqueeze(0), 4, 2 * x.unsqueeze(0).shape[-1]),

@@ -70,12 +70,19 @@ def test_two_outputs(driven, monkeypatch):
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
     kernel = launches.served("quantize_operands", describe, None)
-    args = None, None, None, None, "E4M3", "propagate", "nearest_ties_to_even", [1, 4]
+    args = None, None, "E4M3", "propagate", "nearest_ties_to_even", [1, 4]
     for x in (torch.randn(4, 8), torch.randn(4, 8)):
         outputs = kernel(x, *args)
         assert [(out.shape, out.stride()) for out in outputs] == [((4, 8), (8, 1)), ((8, 4), (1, 8))]
     assert len(described) == len(driven) == 1
     assert driven[0][-1][:6] == [x.data_ptr()] * 3 + [out.data_ptr() for out in outputs] + [32]
+
+
+def test_an_output_that_is_zero_before(driven, monkeypatch):
+    launch = Launch(None, 3, [x := torch.randn(4), out := torch.zeros(1)], (4,), (), {}, from_zero=True)
+    call = call_of(launch, compiled(), (x,), (out,))
+    monkeypatch.setattr(launches, "empty", lambda *place: torch.full((1,), torch.nan))
+    assert again(call, (x,))[0].tolist() == [0.0]
 
 
 def test_a_number(driven):

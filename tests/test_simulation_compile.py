@@ -152,7 +152,7 @@ def test_inductor_in_bfloat16_sees_the_operands_of_eager(recipe):
 
 @pytest.mark.skipif(backend() == "aten", reason="the operator is a node of compiled code where C kernels serve")
 @pytest.mark.parametrize(
-    ("recipe", "forward", "backward"), [("mxfp8", (2, 0, 0), (2, 1, 0)), ("nvfp4", (2, 0, 0), (1, 1, 2))]
+    ("recipe", "forward", "backward"), [("mxfp8", (2, 0, 0, 0), (2, 0, 1, 0)), ("nvfp4", (2, 0, 0, 0), (1, 2, 0, 2))]
 )
 def test_operands_are_made_in_their_pass(recipe, forward, backward):
     """Those of x and of weights in the backward pass too, though they could be made and kept in the forward pass.
@@ -163,7 +163,7 @@ def test_operands_are_made_in_their_pass(recipe, forward, backward):
 
     def count(graph, inputs):
         targets = [str(node.target) for node in graph.graph.nodes]
-        names = "quantize_operand.", "quantize_operands.", "amax."
+        names = "quantize_operand.", "quantize_operand_stochastic.", "quantize_operands.", "amax."
         counts.append(tuple(sum(f"altgrad.{name}" in target for target in targets) for name in names))
         # What is saved so would live as long as the loss does.
         assert not any("saved_tensor_with_no_vc_check" in node.meta for node in graph.graph.nodes)

@@ -313,17 +313,20 @@ def test_bad_input(call, error, message):
 
 
 ONE_RULE = Rule("E4M3", per=32, power_of_two="rceil")
+ONE_TRANSFORMED = Recipe("one transformed", (None, None), (ONE_RULE, None), Product(ONE_RULE, None, 16))
 
 
 @pytest.mark.parametrize(
     ("recipe", "tokens", "leaves", "expected"),
     [
-        *((name, 32, "xw", 1) for name in ("mxfp8", "mxfp4", "mx_ocp", "fp8_block", "nvfp4", "fp8_rowwise")),
+        *((name, 32, "xw", 1) for name in ("mxfp8", "mxfp4", "mx_ocp", "fp8_block", "fp8_rowwise")),
         *((name, 32, "xw", 0) for name in ("fp8_current", "fp8_delayed", "unit_scaled_fp8")),
         ("mxfp8", 7, "xw", 1),
         ("mxfp8", 32, "x", 0),
         ("mxfp8", 32, "w", 0),
-        ("nvfp4", 24, "xw", 0),  # the transform needs whole groups
+        ("nvfp4", 32, "xw", 0),  # stochastic
+        (ONE_TRANSFORMED, 32, "xw", 1),
+        (ONE_TRANSFORMED, 24, "xw", 0),  # the transform needs whole groups
         (Recipe("one", (None, None), (ONE_RULE, None), (ONE_RULE, None)), 32, "xw", 1),
         (Recipe("other rules", (None, None), (ONE_RULE, None), (Rule("E4M3", per=16), None)), 32, "xw", 0),
         (Recipe("both transformed", *[Product(ONE_RULE, None, 16)] * 3), 32, "xw", 0),

@@ -160,21 +160,24 @@ def tensor_scale_of(x: Tensor, rule: Rule, f: FP8Format, transforms: bool) -> Te
 
 
 def are_made_at_once(x: Tensor, rule: Rule, transform: int) -> bool:
-    """Whether one operator makes the operands of x and of x transposed: not where a compiler would open it."""
+    """Whether one operator makes the operands of x and of x transposed: not where a compiler would open it.
+
+    What takes the time of stochastic rounding is arithmetic, which one launch does no faster than two.
+    """
     is_called = not torch.compiler.is_compiling() or stays_opaque("quantize_operands", x)
     is_padded = transform > 0 and x.shape[-2] % SIZE != 0
-    return rule.format is not None and is_of_blocks(rule) and is_called and not is_padded
+    is_served = rule.format is not None and is_of_blocks(rule) and not rule.is_stochastic
+    return is_served and is_called and not is_padded
 
 
-def quantize_both(x: Tensor, rule: Rule, transform: int, state: State, turned: State) -> tuple[Operand, Operand]:
+def quantize_both(x: Tensor, rule: Rule, transform: int) -> tuple[Operand, Operand]:
     """The operands of x, and of x transposed behind the transform, by one rule."""
     f = resolve(rule.format or "")
     outer = tensor_scale_of(x, rule, f, False)
     of_turned = tensor_scale_of(transposed(x), rule, f, True) if transform else outer
-    seeds = (state.seed, turned.seed) if rule.is_stochastic else (None, None)
     options = block_of(rule, x), rule.power_of_two, rule.scale_format, rule.headroom, operand_dtype(x.dtype, rule)
     first, second = torch.ops.altgrad.quantize_operands(
-        x, outer, of_turned, *seeds, f.name, rule.saturation, rule.rounding, *options, transform > 0
+        x, outer, of_turned, f.name, rule.saturation, rule.rounding, *options, transform > 0
     )
     return Operand(first, outer), Operand(second, of_turned)
 

@@ -142,7 +142,7 @@ def both_operands(grad: Tensor, recipe: Recipe, state: ProductState) -> tuple[Op
     is_alike = rule == recipe.grad_weight.left and recipe.accumulators[1:] == (None, None)
     if rule is None or not is_alike or recipe.grad_input.hadamard or not are_made_at_once(grad, rule, transform):
         return None, None
-    return quantize_both(grad, rule, transform, state.of(2), state.of(4))
+    return quantize_both(grad, rule, transform)
 
 
 def keeps_left(recipe: Recipe) -> bool:
