@@ -121,18 +121,31 @@ def check_wide_format(f, rounding, device):
             assert_same_bits(got, reference_decode(f, codes, scale, dtype), codes.int())
 
 
+def two_roundings(f):
+    """To nearest, and another that goes by the format."""
+    return "nearest_ties_to_even", DETERMINISTIC_ROUNDINGS[1 + (WIDE + EDGES).index(f) % 5]
+
+
 @interpreted
 @pytest.mark.usefixtures("large_blocks")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
 def test_interpreted_wide_formats(f):
-    for rounding in ("nearest_ties_to_even", DETERMINISTIC_ROUNDINGS[1 + WIDE.index(f) % 5]):
+    for rounding in two_roundings(f):
         check_wide_format(f, rounding, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
 def test_wide_formats(f):
+    for rounding in two_roundings(f):
+        check_wide_format(f, rounding, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("f", WIDE, ids=lambda f: f.name)
+def test_all_roundings_of_wide_formats(f):
     for rounding in DETERMINISTIC_ROUNDINGS:
         check_wide_format(f, rounding, "cuda")
 
@@ -362,16 +375,17 @@ def test_layouts(layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
-def test_near_ties(f):
+@pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)
+def test_a_scale_on_the_cpu(f):
+    """It becomes an argument of the kernel; those on the device are in test_numerics.py."""
     ties = near_ties(f)
-    for rounding in DETERMINISTIC_ROUNDINGS:
-        for saturation in SATURATIONS if f in EDGES else SATURATIONS[:1]:
+    for rounding in two_roundings(f):
+        for saturation in SATURATIONS:
             for scale in map(torch.tensor, (1.0, 0.37) if f.name in SCALED else (1.0,)):
                 x, arguments = ties * scale, (saturation, rounding)
-                got = altgrad.quantize(x.cuda(), scale.cuda(), f.name, *arguments)
+                got = altgrad.quantize(x.cuda(), scale, f.name, *arguments)
                 assert_same_bits(got, reference_quantize(f, x, scale, *arguments), x)
-                got = altgrad.encode(x.cuda(), scale, f.name, *arguments)  # and a scale on the CPU
+                got = altgrad.encode(x.cuda(), scale, f.name, *arguments)
                 assert_same_bits(got, reference_encode(f, x, scale, *arguments), x)
 
 
@@ -537,24 +551,20 @@ def test_fusion_leaves_no_opaque_call():
     assert not any("torch.ops.altgrad" in code for code in codes)
 
 
-def scales_on_a_gpu():
-    return torch.rand((), device="cuda") + 0.5, torch.rand(12, 1, device="cuda") + 0.5, torch.tensor(0.5)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cuda.KERNELS)
-def test_opcheck(name, dtype):
+def test_opcheck_of_a_scale_on_the_cpu(name, dtype):
+    """Those on the device are in test_opcheck.py."""
     x = torch.randn(12, 16, device="cuda").to(dtype)
-    for scale in scales_on_a_gpu():
-        torch.library.opcheck(getattr(altgrad, name).default, SAMPLES[name](x, scale))
+    torch.library.opcheck(getattr(altgrad, name).default, SAMPLES[name](x, torch.tensor(0.5)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_of_gradients_and_strides(dtype):
     x = torch.randn(12, 16, device="cuda").to(dtype)
-    for scale in scales_on_a_gpu():
+    for scale in (torch.rand((), device="cuda") + 0.5, torch.rand(12, 1, device="cuda") + 0.5, torch.tensor(0.5)):
         torch.library.opcheck(altgrad.quantize.default, (x.clone().requires_grad_(), scale, "E4M3"))
         torch.library.opcheck(altgrad.encode.default, (x.t().contiguous().t(), scale, "E4M3"))
 

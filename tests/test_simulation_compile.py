@@ -45,19 +45,20 @@ class Blocks(nn.Module):
         return x
 
 
-def run(recipe, compiles=lambda model: None, reentrant=None, steps=3):
+def run(recipe, compiles=lambda model: None, reentrant=None, steps=3, device="cpu"):
     """Outputs, weights' and inputs' gradients of some steps, and the state in the end.
 
     Not the gradients of biases: a compiler may add them up in another order.
     """
-    model = Blocks(reentrant)
+    model = Blocks(reentrant).to(device)
     simulation = simulate(model, recipe, seed=1)
     compiles(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.ndim == 2], 1e-3)
     seen = []
     for step in range(steps):
-        x = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(step)).requires_grad_()
-        optimizer.zero_grad()
+        x = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(step)).to(device).requires_grad_()
+        model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
         y = model(x)
         y.square().sum().backward()
         optimizer.step()
@@ -231,3 +232,18 @@ def test_functional_call():
     gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(parameters)
     model(x).square().sum().backward()
     assert all(torch.equal(gradients[name], p.grad) for name, p in parameters.items())
+
+
+@pytest.mark.compiles
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", SEVERAL)
+def test_cuda_graphs_have_the_bits_of_compiled_code(recipe):
+    """In the fourth step everything is replayed."""
+
+    def compile_blocks(model, **options):
+        for block in model.blocks:
+            block.compile(fullgraph=True, **options)
+
+    replayed = run(recipe, lambda model: compile_blocks(model, mode="reduce-overhead"), steps=4, device="cuda")
+    torch._dynamo.reset()
+    assert_same(replayed, run(recipe, compile_blocks, steps=4, device="cuda"))

@@ -1,7 +1,5 @@
 """Formats beyond one signed byte: up to 16 bits with codes, up to 19 without, ranges up to float32's own, no sign."""
 
-import gfloat
-import gfloat.formats
 import ml_dtypes
 import numpy as np
 import pytest
@@ -149,14 +147,6 @@ def test_e8m0_and_ml_dtypes():
     assert_same_bits(encode(x, f, saturation="none"), torch.from_numpy(theirs.view(np.uint8)), x)
     codes = torch.arange(256, dtype=torch.uint8)
     assert_same_bits(decode(codes, f), torch.from_numpy(codes.numpy().view(theirs.dtype).astype(np.float32)))
-
-
-@pytest.mark.parametrize("precision", range(2, 8))
-def test_codes_of_p3109_unsigned(precision):
-    """P3109's unsigned finite formats of 8 bits, as gfloat has them."""
-    f = resolve(f"e{9 - precision}m{precision - 1}b{1 << (8 - precision)}fnu")
-    theirs = gfloat.formats.format_info_p3109(8, precision, gfloat.Signedness.Unsigned, gfloat.Domain.Finite)
-    assert [str(gfloat.decode_float(theirs, c).fval) for c in range(256)] == [str(f.to_real(c)) for c in range(256)]
 
 
 @pytest.mark.compiles

@@ -3,8 +3,9 @@
     python tests/benchmarks/simulation.py [--device cuda] [--recipes fp8_current mxfp8 nvfp4] [--modes compiled eager]
 
 prints a Markdown table for docs/benchmarks.md: the median step, peak memory and the first step, which holds the
-compilation. On a CPU the model is smaller. Peers: a fake quantization of all operands written by hand with the
-operators of altgrad.quantization, and torchao's float8 training, where torchao is installed.
+compilation. The mode "graphs" is compiled code in CUDA graphs, whose own memory is not counted. bfloat16 comes again at
+the end, to judge how much a host swings. On a CPU the model is smaller. Peers: a fake quantization of all operands
+written by hand with the operators of altgrad.quantization, and torchao's float8 training, where torchao is installed.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from altgrad.simulation import simulate
 
 warnings.filterwarnings("error", message="altgrad computes on the CPU without")  # ALTGRAD_CPU_TARGET=aten asks for that
 REPEATS = 15
+TO_COMPILE = {"compiled": None, "graphs": "reduce-overhead"}
 
 
 class Block(nn.Module):
@@ -97,22 +99,23 @@ def torchao_float8(model):
 PEERS = {"bfloat16": lambda model: None, "fake quantization by hand": by_hand, "torchao float8": torchao_float8}
 
 
-def measure(change, device, compiles, shape, context, batch):
+def measure(change, device, mode, shape, context, batch):
     """(median step, first step) in milliseconds and peak memory in GB."""
     torch.compiler.reset()
     gc.collect()  # the model before, which its compiled code refers to
     torch.manual_seed(0)
     model = GPT2(*shape, context).to(device)
     simulation = change(model)
-    if compiles:
+    if mode != "eager":
         for block in model.blocks:
-            block.compile()
+            block.compile(mode=TO_COMPILE[mode])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     tokens = torch.randint(50257, (batch, context), device=device)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
     for _ in range(3 + REPEATS):
         start = time.perf_counter()
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device, torch.bfloat16):
             loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
         loss.backward()
@@ -132,13 +135,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recipes", nargs="+", default=["fp8_current", "mxfp8", "nvfp4"])
-    parser.add_argument("--modes", nargs="+", default=["compiled", "eager"], choices=["compiled", "eager"])
+    parser.add_argument("--modes", nargs="+", default=["compiled", "eager"], choices=[*TO_COMPILE, "eager"])
     arguments = parser.parse_args()
     is_gpu = arguments.device == "cuda"
     shape, context, batch = ((12, 768, 12), 1024, 16) if is_gpu else ((2, 128, 4), 128, 4)
     changes = PEERS | {
         name: lambda model, name=name: simulate(model, name, skip=["head"]) for name in arguments.recipes
     }
+    changes["bfloat16, again"] = PEERS["bfloat16"]
     print(f"{torch.cuda.get_device_name() if is_gpu else 'CPU'}, torch {torch.__version__}, {date.today()}; ", end="")
     print(f"layers, width, heads {shape}, {batch} x {context} tokens\n", flush=True)
     print("| | mode | ms a step | of bfloat16 | peak GB | of bfloat16 | first step, s | of bfloat16 |")
@@ -147,7 +151,7 @@ def main():
         base = None
         for name, change in changes.items():
             try:
-                step, first, memory = measure(change, arguments.device, mode == "compiled", shape, context, batch)
+                step, first, memory = measure(change, arguments.device, mode, shape, context, batch)
             except ImportError as error:
                 print(f"| {name} | {mode} | left out: {error} |", flush=True)
                 continue
