@@ -105,6 +105,28 @@ def test_roundings(kernels, f):
                 assert_same_bits(kernels.encode(x, s, f.name, saturation, "stochastic", bits), want, x)
 
 
+SIZES_OF_SCALES = [0.37, 1.0, 1 + 2.0**-23, 2 - 2.0**-23, 2.0, 6.0, 14.0, 3e37, 2.0**126, 3e38, -0.37]
+SIZES_OF_SCALES += [3e-27, 3e-28, 2.6367786132938025e-36, 5.230680811854029e-36, 9.99971104170516e-36]
+SIZES_OF_SCALES += [3.4735863896200207e-37, 1.3e-38, 2.0**-126, 2.0**-149]
+
+
+@pytest.mark.parametrize("rounding", DETERMINISTIC_ROUNDINGS)
+@pytest.mark.parametrize("name", ["E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e2m2b122f", "e3m2b-60f"])
+def test_one_scale_of_any_size(kernels, name, rounding):
+    """Of one that serves many a reciprocal may be taken: at the ends of scales, quotients and x for which it is exact.
+
+    2^-149 k / (2 k) is a tie between zero and the least number, and 2^-149 / (2 - 2^-23) is above one.
+    """
+    f, ties = resolve(name), near_ties(resolve(name))
+    tiny = torch.arange(0, 200, dtype=torch.int32).view(torch.float32)
+    for scale in map(torch.tensor, SIZES_OF_SCALES):
+        scaled = ties * scale
+        ends = [scaled.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf)]
+        x = torch.cat([ties, scaled, *ends, tiny, -tiny])
+        want = reference_quantize(f, x, scale, "propagate", rounding)
+        assert_same_bits(kernels.quantize(x, scale, name, "propagate", rounding), want, x)
+
+
 @pytest.mark.parametrize("name", ["E0M7", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "E4M3FNUZ"])
 def test_bits_at_the_threshold(kernels, name):
     """The random number that is just enough to round up, and the one below it: x + R quanta / 2^N is a value or its

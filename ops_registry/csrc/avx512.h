@@ -1,5 +1,6 @@
 /* quantize of loops.h for AVX-512, in float32: what is converted, divided, rounded and multiplied stays in registers,
  * and where project_adjusted in nearest.h goes from the nearest value to another, an instruction rounds its own way.
+ * By a scale that serves many elements nothing is divided: a division takes as long as all the rest.
  */
 
 #ifdef __AVX512F__
@@ -40,9 +41,9 @@ INLINE struct pair load_beside(const void *from, enum dtype dtype, int64_t i) {
 
 /* to_bfloat16 in the upper half of each. The only NaN here is 0 * infinity, which ends in zeros and so stays NaN. */
 INLINE __m512i rounded_to_bfloat16(__m512 numbers) {
-    const __m512i bits = _mm512_castps_si512(numbers);
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
+    const __m512i bits = _mm512_castps_si512(numbers), below_half = _mm512_set1_epi32(0x7fff);
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    return _mm512_add_epi32(bits, _mm512_mask_mov_epi32(below_half, is_odd, _mm512_set1_epi32(0x8000)));
 }
 
 INLINE void store_pair(void *to, enum dtype dtype, int is_short, int64_t i, struct pair p) {
@@ -116,6 +117,45 @@ INLINE __m512 project_vector(__m512 q, __m512i random, enum variant variant, enu
     return variant == UNSIGNED_ZERO ? _mm512_add_ps(y, _mm512_setzero_ps()) : y;
 }
 
+/* How x is divided: by a division; by the product with the reciprocal of a power of two, which is exact; or by the
+ * product with a reciprocal, and what that leaves of x. */
+enum division { DIVISION, BY_POWER, BY_RECIPROCAL };
+
+INLINE __m512 quotient_of(__m512 x, __m512 divisor, __m512 reciprocal, enum division division) {
+    if (division == DIVISION) {
+        return _mm512_div_ps(x, divisor);
+    }
+    const __m512 q = _mm512_mul_ps(x, reciprocal);
+    if (division == BY_POWER) {
+        return q;
+    }
+    const __m512 corrected = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, divisor, x), reciprocal, q);
+    return with_bits(corrected, x, _mm512_set1_epi32(INT32_MIN)); /* of -0, which corrected is 0 */
+}
+
+/* The reciprocals of n divisors; whether BY_RECIPROCAL gives with each what a division gives, rounded to the format.
+ *
+ * The product is off by less than 1.5 ulp, and is corrected exactly where what it leaves is a float32 number, as it is
+ * from |x| = 2^-101 on, and the quotient is normal: tests/test_cuda.py tries the quotients for which that might not do.
+ * What is smaller must be so small for the format that an ulp is nothing; where rounding tells 0 from what is above it,
+ * divisors up to 1 make no zero: the least product is 2^-149 then, and leaves nothing below 0 of it. An infinite
+ * product becomes NaN, and the chunk is done again. By powers of two the product is the quotient, and nothing is left,
+ * or the same is rounded again. */
+static int reciprocals_of(const float *restrict divisors, int64_t n, int are_powers, enum rounding rounding,
+                          const struct format32 *f, float *restrict reciprocals) {
+    const float half = number32(f->min_power) * f->half_quantum; /* of the smallest quantum */
+    const float decides = half * (rounding == STOCHASTIC ? 0x1p-34f : 0.5f);
+    const int tells_zero = rounding == TOWARD_POSITIVE || rounding == TOWARD_NEGATIVE || rounding == TO_ODD;
+    const float limit = tells_zero ? 1 : 0x1p126f;
+    const float least = 0x1p-101f / decides > 0x1p-126f ? 0x1p-101f / decides : 0x1p-126f;
+    int are_exact = decides >= 0x1p-126f;
+    for (int64_t i = 0; i < n; i++) {
+        reciprocals[i] = 1 / divisors[i];
+        are_exact &= divisors[i] >= least && divisors[i] <= limit;
+    }
+    return are_powers || are_exact;
+}
+
 /* The scales of 32 elements of the dtype: of all, of each, of half or of all of these. */
 INLINE struct pair load_scales(const float *scales, int shared, enum dtype dtype, int64_t i) {
     if (shared == 1) {
@@ -135,28 +175,31 @@ INLINE struct pair load_scales(const float *scales, int shared, enum dtype dtype
 struct vectors {
     const void *x;
     void *out;
-    const float *divisor, *multiplier;
+    const float *divisor, *reciprocal, *multiplier; /* reciprocal: where they are not of each element */
     const uint32_t *random;
     int64_t n;
-    int is_short;
+    int are_powers, is_short; /* the divisors; the products with the multipliers */
 };
 
 /* Returns the largest |q|, as quantize_each does. The last pair may begin in the one before it. Short products are cut
  * to bfloat16; where that loses a bit, as of subnormals, UINT32_MAX is returned instead. */
-INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, int is_short, int shared,
-                                 enum variant variant, enum rounding rounding, const struct format32 *format) {
+INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtype, enum division division, int is_short,
+                                 int shared, enum variant variant, enum rounding rounding,
+                                 const struct format32 *format) {
     const struct vectors v = *operands;
     const struct format32 f = *format;
     __m512i most = _mm512_setzero_si512(), used = most; /* bits of products */
-    struct pair random = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    const struct pair none = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    struct pair random = none;
     for (int64_t next = 0; next < v.n; next += 32) {
         const int64_t i = next < v.n - 32 ? next : v.n - 32;
-        const struct pair x = load_pair(v.x, dtype, i), divisor = load_scales(v.divisor, shared, dtype, i);
-        const struct pair multiplier = load_scales(v.multiplier, shared, dtype, i);
+        const struct pair x = load_pair(v.x, dtype, i), multiplier = load_scales(v.multiplier, shared, dtype, i);
+        const struct pair d = division == BY_POWER ? none : load_scales(v.divisor, shared, dtype, i);
+        const struct pair r = division == DIVISION ? none : load_scales(v.reciprocal, shared, dtype, i);
         if (rounding == STOCHASTIC) {
             random = load_beside(v.random, dtype, i);
         }
-        struct pair y = {_mm512_div_ps(x.a, divisor.a), _mm512_div_ps(x.b, divisor.b)};
+        struct pair y = {quotient_of(x.a, d.a, r.a, division), quotient_of(x.b, d.b, r.b, division)};
         y.a = project_vector(y.a, _mm512_castps_si512(random.a), variant, rounding, &f, &most);
         y.b = project_vector(y.b, _mm512_castps_si512(random.b), variant, rounding, &f, &most);
         y = (struct pair){_mm512_mul_ps(y.a, multiplier.a), _mm512_mul_ps(y.b, multiplier.b)};
@@ -171,15 +214,18 @@ INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtyp
 
 static uint32_t quantize_chunk512(const struct vectors *v, enum dtype dtype, int shared, enum variant variant,
                                   enum rounding rounding, const struct format32 *f) {
+#define SHORT(DIVISION, SHARED) quantize_vectors(v, BFLOAT16, DIVISION, 1, SHARED, PLAIN, NEAREST_TIES_TO_EVEN, f)
     if (v->is_short && variant == PLAIN && dtype == BFLOAT16 && shared > 1) {
-        return shared == 16 ? quantize_vectors(v, BFLOAT16, 1, 16, PLAIN, NEAREST_TIES_TO_EVEN, f)
-                            : quantize_vectors(v, BFLOAT16, 1, 32, PLAIN, NEAREST_TIES_TO_EVEN, f);
+        return v->are_powers  ? shared == 16 ? SHORT(BY_POWER, 16) : SHORT(BY_POWER, 32)
+                : shared == 16 ? SHORT(BY_RECIPROCAL, 16)
+                              : SHORT(BY_RECIPROCAL, 32);
     }
+#undef SHORT
 #define EACH_SCALE(DTYPE, VARIANT, ROUNDING)                                                                           \
-    shared == 0    ? quantize_vectors(v, DTYPE, 0, 0, VARIANT, ROUNDING, f)                                            \
-    : shared == 1  ? quantize_vectors(v, DTYPE, 0, 1, VARIANT, ROUNDING, f)                                            \
-    : shared == 16 ? quantize_vectors(v, DTYPE, 0, 16, VARIANT, ROUNDING, f)                                           \
-                   : quantize_vectors(v, DTYPE, 0, 32, VARIANT, ROUNDING, f)
+    shared == 0    ? quantize_vectors(v, DTYPE, BY_RECIPROCAL, 0, 0, VARIANT, ROUNDING, f)                             \
+    : shared == 1  ? quantize_vectors(v, DTYPE, DIVISION, 0, 1, VARIANT, ROUNDING, f)                                  \
+    : shared == 16 ? quantize_vectors(v, DTYPE, BY_RECIPROCAL, 0, 16, VARIANT, ROUNDING, f)                            \
+                   : quantize_vectors(v, DTYPE, BY_RECIPROCAL, 0, 32, VARIANT, ROUNDING, f)
 #define EACH_DTYPE(VARIANT, ROUNDING)                                                                                  \
     return dtype == FLOAT32   ? EACH_SCALE(FLOAT32, VARIANT, ROUNDING)                                                 \
            : dtype == FLOAT16 ? EACH_SCALE(FLOAT16, VARIANT, ROUNDING)                                                 \

@@ -12,6 +12,7 @@ struct room {
     } most;
     uint32_t random[PHILOX_ROOM], fours[4 * (CHUNK + LANES)];
     uint8_t codes[CHUNK];
+    struct format32 level; /* of scales in a format of their own */
 };
 
 /* n scales from the largest magnitudes: what is divided by, and what values are multiplied by. */
@@ -22,11 +23,10 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
     const float tensor_scale = b->tensor_scale;
     const int32_t carry = b->carry, exponent = b->exponent;
     if (b->level != NULL) {
-        const struct format32 f = prepare32(b->level);
         for (int64_t i = 0; i < n; i++) {
             quotients[i] = amax[i] / max_value / tensor_scale;
         }
-        quantize32(b->level, &f, quotients, r->ones, r->ones, 1, 0, NULL, multiplier, n);
+        quantize32(b->level, &r->level, quotients, r->ones, r->ones, 0, 1, 0, NULL, multiplier, n);
         for (int64_t i = 0; i < n; i++) {
             const float level = multiplier[i] < b->smallest ? b->smallest : multiplier[i];
             divisor[i] = level * tensor_scale;
@@ -58,8 +58,7 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
 static void store_scales(const struct blocks *b, const struct room *r, int64_t at, int64_t n) {
     uint8_t *codes = (uint8_t *)b->scales + at;
     if (b->level != NULL) {
-        const struct format32 f = prepare32(b->level);
-        encode32(r->multiplier, r->ones, 1, NULL, codes, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, &f);
+        encode32(r->multiplier, r->ones, 1, NULL, codes, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, &r->level);
     } else if (b->is_power) {
         for (int64_t i = 0; i < n; i++) {
             codes[i] = (uint8_t)(bits32(r->multiplier[i]) >> FRACTION_BITS); /* 0 of 2^-127, 255 of NaN */
@@ -136,11 +135,80 @@ INLINE float most_of(const void *x, enum dtype dtype, int64_t begin, int64_t n) 
     return dtype == FLOAT16 ? from_float16(most) : number32((uint32_t)most << 16);
 }
 
+#ifdef __AVX512BW__
+/* Of a and of b, side by side in units of SIZE bits: the larger ones of the first and of the last units of each lane.
+ */
+#define FOLD(TYPE, SIZE, a, b) _mm512_max_##TYPE(_mm512_unpacklo_epi##SIZE(a, b), _mm512_unpackhi_epi##SIZE(a, b))
+#define FOLD_LANES(TYPE, a, b, FIRST, LAST)                                                                            \
+    _mm512_max_##TYPE(_mm512_shuffle_i32x4(a, b, FIRST), _mm512_shuffle_i32x4(a, b, LAST))
+
+/* The largest magnitudes of 16 blocks of 16 or 32 floats: a block is a vector, and all are folded at once until one
+ * vector has a number of each. */
+INLINE __m512 most_of_16_blocks_of_floats(const uint32_t *x, int64_t width) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i rows[16];
+    for (int i = 0; i < 16; i++, x += width) {
+        rows[i] = _mm512_and_si512(_mm512_loadu_si512(x), magnitude);
+        if (width == 32) {
+            rows[i] = _mm512_max_epi32(rows[i], _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude));
+        }
+    }
+    for (int i = 0; i < 8; i++) {
+        rows[i] = FOLD(epi32, 32, rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = FOLD(epi32, 64, rows[2 * i], rows[2 * i + 1]);
+    }
+    rows[0] = FOLD_LANES(epi32, rows[0], rows[1], 0x88, 0xdd);
+    rows[1] = FOLD_LANES(epi32, rows[2], rows[3], 0x88, 0xdd);
+    return _mm512_castsi512_ps(FOLD_LANES(epi32, rows[0], rows[1], 0x88, 0xdd));
+}
+
+/* The same of halves, of which a vector has two blocks. */
+INLINE __m512 most_of_16_blocks_of_halves(const uint16_t *x, enum dtype dtype, int64_t width) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i rows[8];
+    for (int i = 0; i < 8; i++, x += 2 * width) {
+        rows[i] = _mm512_and_si512(_mm512_loadu_si512(x), magnitude);
+        if (width == 32) {
+            const __m512i second = _mm512_and_si512(_mm512_loadu_si512(x + 32), magnitude);
+            rows[i] = FOLD_LANES(epi16, rows[i], second, 0x44, 0xee);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = FOLD(epi16, 16, rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        rows[i] = FOLD(epi16, 32, rows[2 * i], rows[2 * i + 1]);
+    }
+    rows[0] = FOLD(epi16, 64, rows[0], rows[1]);
+    rows[0] =
+        FOLD_LANES(epi16, rows[0], rows[0], 0x88, 0xdd); /* the even blocks in the first lane, then the odd ones */
+    const __m128i even = _mm512_castsi512_si128(rows[0]), odd = _mm512_extracti32x4_epi32(rows[0], 1);
+    const __m256i most = _mm256_set_m128i(_mm_unpackhi_epi16(even, odd), _mm_unpacklo_epi16(even, odd));
+    return dtype == FLOAT16 ? _mm512_cvtph_ps(most)
+                            : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(most), 16));
+}
+#undef FOLD
+#undef FOLD_LANES
+
+#define MOST_OF_16(WIDTH)                                                                                              \
+    (dtype == FLOAT32 ? most_of_16_blocks_of_floats((const uint32_t *)x + block * WIDTH, WIDTH)                        \
+                      : most_of_16_blocks_of_halves((const uint16_t *)x + block * WIDTH, dtype, WIDTH))
+#endif
+
 /* The largest magnitudes of blocks of width elements, the last of which may have fewer. */
 INLINE void most_of_blocks(const void *x, enum dtype dtype, int64_t n, int64_t width, float *restrict amax) {
     const int64_t whole = n / width;
+    int64_t block = 0;
+#ifdef __AVX512BW__
+    for (; block + 16 <= whole && (width == 16 || width == 32); block += 16) {
+        _mm512_storeu_ps(amax + block, width == 16 ? MOST_OF_16(16) : MOST_OF_16(32));
+    }
+#undef MOST_OF_16
+#endif
 #define MOST_OF_EACH(WIDTH)                                                                                            \
-    for (int64_t block = 0; block < whole; block++) {                                                                  \
+    for (; block < whole; block++) {                                                                                   \
         amax[block] = most_of(x, dtype, block * WIDTH, WIDTH);                                                         \
     }
     EACH_WIDTH(MOST_OF_EACH)
@@ -285,7 +353,7 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, scales->divisors);
         return;
     }
-    quantize32(p, f, x, scales->divisors, scales->multipliers, scales->shared, b->is_short, random,
+    quantize32(p, f, x, scales->divisors, scales->multipliers, scales->shared, b->is_power, b->is_short, random,
                b->out + at * size_of(p->out_dtype), n);
 }
 
@@ -310,6 +378,9 @@ static void fetch_piece(const char *tensor, enum dtype dtype, const struct strip
 static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
     const struct format32 f = prepare32(b->plan);
     struct room room;
+    if (b->level != NULL) {
+        room.level = prepare32(b->level);
+    }
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;
     }

@@ -153,14 +153,18 @@ static void NAME(quantize_chunk)(const FLOAT *restrict x, const FLOAT *divisor, 
 }
 
 /* The same from elements of the plan's dtype of x to those of out's; as many as shared have one scale, or all for 0.
- * is_short: the products with the multipliers have no more bits than bfloat16 has. */
+ * are_powers: the divisors are powers of two. is_short: the products with the multipliers have no more bits than
+ * bfloat16 has. */
 static void NAME(quantize)(const struct plan *p, const struct NAME(format) * f, const void *x, const FLOAT *divisor,
-                           const FLOAT *multiplier, int shared, int is_short, const uint32_t *random, void *out,
-                           int64_t n) {
+                           const FLOAT *multiplier, int shared, int are_powers, int is_short, const uint32_t *random,
+                           void *out, int64_t n) {
     enum variant variant = variant_of(p);
 #if defined(__AVX512F__) && FRACTION_BITS == 23
-    if (variant != GENERAL && p->dtypes[X] == p->out_dtype && n >= 32) {
-        const struct vectors v = {x, out, divisor, multiplier, random, n, is_short};
+    float reciprocals[CHUNK / 16];
+    const int64_t scales = shared > 1 ? n / shared : 1;
+    if (variant != GENERAL && p->dtypes[X] == p->out_dtype && n >= 32 &&
+        (shared == 1 || reciprocals_of(divisor, scales, are_powers, p->rounding, f, reciprocals))) {
+        const struct vectors v = {x, out, divisor, reciprocals, multiplier, random, n, are_powers, is_short};
         if (quantize_chunk512(&v, p->out_dtype, shared, variant, p->rounding, f) < f->special_from) {
             return;
         }
@@ -289,7 +293,7 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         }
         char *to = c->out + begin * size_of(p->out_dtype);
         if (!p->is_wide && (p->operation == QUANTIZE || p->operation == PROJECT)) {
-            NAME(quantize)(p, &f, raw, scale, p->operation == PROJECT ? ones : scale, varies, 0, random, to, n);
+            NAME(quantize)(p, &f, raw, scale, p->operation == PROJECT ? ones : scale, varies, 0, 0, random, to, n);
             continue;
         }
         const FLOAT *x = p->operation == DECODE ? NULL : NAME(convert)(raw, p->dtypes[X], n, x_buffer);
