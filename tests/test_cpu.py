@@ -122,9 +122,9 @@ def test_one_scale_of_any_size(kernels, name, rounding):
     for scale in map(torch.tensor, SIZES_OF_SCALES):
         scaled = ties * scale
         ends = [scaled.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf)]
-        x = torch.cat([ties, scaled, *ends, tiny, -tiny])
-        want = reference_quantize(f, x, scale, "propagate", rounding)
-        assert_same_bits(kernels.quantize(x, scale, name, "propagate", rounding), want, x)
+        for x in (ties, scaled, *ends, tiny, -tiny):  # a quotient that is infinite does not hide those beside it
+            want = reference_quantize(f, x, scale, "propagate", rounding)
+            assert_same_bits(kernels.quantize(x, scale, name, "propagate", rounding), want, x)
 
 
 @pytest.mark.parametrize("name", ["E0M7", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "E4M3FNUZ"])
