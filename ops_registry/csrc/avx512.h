@@ -70,7 +70,7 @@ INLINE __m512 with_bits(__m512 a, __m512 b, __m512i c) {
 /* project_nearest and project_adjusted. No sum rounded toward zero passes a multiple of the quantum, as these are
  * float32 numbers. So magic + x toward zero is magic + below; and so is what follows from x + quantum / 2, or from x +
  * R * quantum / 2^N, rounded toward zero: its value below is that at or above the midpoint, or StochasticA's. */
-INLINE __m512 project_vector(__m512 q, __m512i random, enum variant variant, enum rounding rounding,
+INLINE __m512 project_vector(__m512 q, __m512 signs, __m512i random, enum variant variant, enum rounding rounding,
                              const struct format32 *f, __m512i *most) {
     const __m512i sign = _mm512_set1_epi32(INT32_MIN);
     const __m512i quotient = _mm512_andnot_si512(sign, _mm512_castps_si512(q));
@@ -92,12 +92,12 @@ INLINE __m512 project_vector(__m512 q, __m512i random, enum variant variant, enu
         sum = _mm512_fmadd_round_ps(p, quanta, x, RZ);
         break;
     case TOWARD_POSITIVE:
-        p = with_bits(p, q, sign);
-        sum = _mm512_fmadd_round_ps(p, quanta, with_bits(x, q, sign), RU);
+        p = with_bits(p, signs, sign);
+        sum = _mm512_fmadd_round_ps(p, quanta, with_bits(x, signs, sign), RU);
         break;
     case TOWARD_NEGATIVE:
-        p = with_bits(p, q, sign);
-        sum = _mm512_fmadd_round_ps(p, quanta, with_bits(x, q, sign), RD);
+        p = with_bits(p, signs, sign);
+        sum = _mm512_fmadd_round_ps(p, quanta, with_bits(x, signs, sign), RD);
         break;
     case TO_ODD: /* of the two sums beside x the one with an odd fraction */
         sum = with_bits(_mm512_fmadd_round_ps(p, quanta, x, RZ), _mm512_fmadd_round_ps(p, quanta, x, RU),
@@ -113,7 +113,7 @@ INLINE __m512 project_vector(__m512 q, __m512i random, enum variant variant, enu
     default:
         sum = _mm512_fmadd_ps(p, quanta, x);
     }
-    const __m512 y = with_bits(_mm512_fnmadd_ps(p, quanta, sum), q, sign);
+    const __m512 y = with_bits(_mm512_fnmadd_ps(p, quanta, sum), signs, sign);
     return variant == UNSIGNED_ZERO ? _mm512_add_ps(y, _mm512_setzero_ps()) : y;
 }
 
@@ -129,8 +129,7 @@ INLINE __m512 quotient_of(__m512 x, __m512 divisor, __m512 reciprocal, enum divi
     if (division == BY_POWER) {
         return q;
     }
-    const __m512 corrected = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, divisor, x), reciprocal, q);
-    return with_bits(corrected, x, _mm512_set1_epi32(INT32_MIN)); /* of -0, which corrected is 0 */
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, divisor, x), reciprocal, q); /* 0 of -0 */
 }
 
 /* The reciprocals of n divisors; whether BY_RECIPROCAL gives with each what a division gives, rounded to the format.
@@ -200,8 +199,9 @@ INLINE uint32_t quantize_vectors(const struct vectors *operands, enum dtype dtyp
             random = load_beside(v.random, dtype, i);
         }
         struct pair y = {quotient_of(x.a, d.a, r.a, division), quotient_of(x.b, d.b, r.b, division)};
-        y.a = project_vector(y.a, _mm512_castps_si512(random.a), variant, rounding, &f, &most);
-        y.b = project_vector(y.b, _mm512_castps_si512(random.b), variant, rounding, &f, &most);
+        const struct pair signs = division == DIVISION ? y : x; /* divisors are positive elsewhere */
+        y.a = project_vector(y.a, signs.a, _mm512_castps_si512(random.a), variant, rounding, &f, &most);
+        y.b = project_vector(y.b, signs.b, _mm512_castps_si512(random.b), variant, rounding, &f, &most);
         y = (struct pair){_mm512_mul_ps(y.a, multiplier.a), _mm512_mul_ps(y.b, multiplier.b)};
         used = _mm512_ternarylogic_epi32(used, _mm512_castps_si512(y.a), _mm512_castps_si512(y.b), 0xfe);
         store_pair(v.out, dtype, is_short, i, y);
