@@ -12,7 +12,6 @@ The words, which csrc/round.h and cuda_kernels.py share:
 """
 
 import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -241,47 +240,6 @@ def with_sign_of_portable(r: Tensor, q: Tensor, format: FP8Format) -> Tensor:
     return r * (1.0 - 2.0 * is_negative.to(q.dtype))
 
 
-_INFINITY, _NOT_SIGN = 0x7F800000, 0x7FFFFFFF  # of float32
-
-
-def _bits_of(number: float) -> int:
-    return int.from_bytes(struct.pack("<f", number), "little")
-
-
-def project_bits(q: Tensor, format: FP8Format, saturation: str) -> Tensor:
-    """:func:`project` with the sign of q, to nearest, by the bits of float32: fewer instructions in a compiled loop.
-
-    magic is 2^23 quanta, so adding it rounds a to whole quanta, and it is even, so a tie goes to the even code. ONNX
-    cannot read a number as its bits.
-    """
-    bits = q.view(torch.int32)
-    magnitude = bits & _NOT_SIGN
-    a = magnitude.clamp(max=_bits_of(format.max_representable_value))
-    power = (a & _INFINITY).clamp(min=_bits_of(2.0**format.min_exponent)).view(torch.float32)
-    magic = power * 2.0 ** (23 - format.mantissa_bits)
-    r = (a.view(torch.float32) + magic - magic).view(torch.int32)
-    keeps_infinity = saturation == "propagate" and format.has_inf
-    r = torch.where(magnitude >= _INFINITY if keeps_infinity else magnitude > _INFINITY, magnitude, r)
-    return (r | (bits & ~_NOT_SIGN)).view(torch.float32)
-
-
-def project_with_sign(
-    q: Tensor,
-    format: FP8Format,
-    saturation: str,
-    rounding: str,
-    random_bits: Tensor | None,
-    sign: Callable[..., Tensor],
-) -> Tensor:
-    """The projection of q. On a GPU the time is that of memory, and the bits are proved for the steps of project."""
-    saturates = saturation != "none" or not format.has_nan
-    has_bits = format.is_signed and format.has_negative_zero and format.mantissa_bits > 0 and not format.needs_float64
-    has_bits = has_bits and q.dtype == torch.float32 and q.device.type == "cpu"
-    if sign is with_sign_of and rounding == ROUNDINGS[0] and saturates and has_bits:
-        return project_bits(q, format, saturation)
-    return sign(project(q, format, saturation, rounding, random_bits), q, format)
-
-
 def quantize(
     x: Tensor,
     scale: Tensor,
@@ -293,7 +251,7 @@ def quantize(
 ) -> Tensor:
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     q = divide(x, scale, None if f.needs_float64 else rounding)
-    return (project_with_sign(q, f, saturation, rounding, random_bits, sign) * scale.to(q.dtype)).to(x.dtype)
+    return (sign(project(q, f, saturation, rounding, random_bits), q, f) * scale.to(q.dtype)).to(x.dtype)
 
 
 def project_to(
@@ -308,7 +266,7 @@ def project_to(
 ) -> Tensor:
     f = check_project(x, scale, format, saturation, rounding, dtype, random_bits)
     q = divide(x, scale, None if f.needs_float64 else rounding)
-    return project_with_sign(q, f, saturation, rounding, random_bits, sign).to(dtype or x.dtype)
+    return sign(project(q, f, saturation, rounding, random_bits), q, f).to(dtype or x.dtype)
 
 
 def encode(

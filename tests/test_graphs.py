@@ -67,28 +67,26 @@ def forward(self, x, scale):
 def forward(self, primals_1):
     full = torch.ops.aten.full.default([], 0.5, dtype = torch.float32, device = device(type='cpu'), pin_memory = False)
     div = torch.ops.aten.div.Tensor(primals_1, full)
-    view = torch.ops.aten.view.dtype(div, torch.int32);  div = None
-    bitwise_and = torch.ops.aten.bitwise_and.Scalar(view, 2147483647)
-    clamp = torch.ops.aten.clamp.default(bitwise_and, None, 1197473792)
-    bitwise_and_1 = torch.ops.aten.bitwise_and.Scalar(clamp, 2139095040)
-    clamp_1 = torch.ops.aten.clamp.default(bitwise_and_1, 947912704);  bitwise_and_1 = None
-    view_1 = torch.ops.aten.view.dtype(clamp_1, torch.float32);  clamp_1 = None
-    mul = torch.ops.aten.mul.Tensor(view_1, 2097152.0);  view_1 = None
-    view_2 = torch.ops.aten.view.dtype(clamp, torch.float32);  clamp = None
-    add = torch.ops.aten.add.Tensor(view_2, mul);  view_2 = None
-    sub = torch.ops.aten.sub.Tensor(add, mul);  add = mul = None
-    view_3 = torch.ops.aten.view.dtype(sub, torch.int32);  sub = None
-    ge = torch.ops.aten.ge.Scalar(bitwise_and, 2139095040)
-    where = torch.ops.aten.where.self(ge, bitwise_and, view_3);  ge = bitwise_and = view_3 = None
-    bitwise_and_2 = torch.ops.aten.bitwise_and.Scalar(view, -2147483648);  view = None
-    bitwise_or = torch.ops.aten.bitwise_or.Tensor(where, bitwise_and_2);  where = bitwise_and_2 = None
-    view_4 = torch.ops.aten.view.dtype(bitwise_or, torch.float32);  bitwise_or = None
-    mul_1 = torch.ops.aten.mul.Tensor(view_4, full);  view_4 = full = None
+    abs_1 = torch.ops.aten.abs.default(div)
+    clamp = torch.ops.aten.clamp.default(abs_1, None, 57344.0)
+    mul = torch.ops.aten.mul.Tensor(clamp, 2097152.0)
+    add = torch.ops.aten.add.Tensor(mul, clamp);  mul = None
+    sub = torch.ops.aten.sub.Tensor(add, clamp)
+    sub_1 = torch.ops.aten.sub.Tensor(add, sub);  add = sub = None
+    mul_1 = torch.ops.aten.mul.Tensor(clamp, 65536.0)
+    round_1 = torch.ops.aten.round.default(mul_1);  mul_1 = None
+    mul_2 = torch.ops.aten.mul.Tensor(round_1, 1.52587890625e-05);  round_1 = None
+    lt_1 = torch.ops.aten.lt.Scalar(clamp, 6.103515625e-05);  clamp = None
+    where = torch.ops.aten.where.self(lt_1, mul_2, sub_1);  lt_1 = mul_2 = sub_1 = None
+    eq = torch.ops.aten.eq.Scalar(abs_1, inf)
+    where_1 = torch.ops.aten.where.self(eq, abs_1, where);  eq = abs_1 = where = None
+    copysign = torch.ops.aten.copysign.Tensor(where_1, div);  where_1 = div = None
+    mul_3 = torch.ops.aten.mul.Tensor(copysign, full);  copysign = full = None
     empty_like = torch.ops.aten.empty_like.default(primals_1, dtype = torch.float32, pin_memory = False);  primals_1 = None
-    copy = torch.ops.aten.copy.default(empty_like, mul_1);  empty_like = mul_1 = None
-    mul_2 = torch.ops.aten.mul.Tensor(copy, 2);  copy = None
-    return (mul_2,)
+    copy = torch.ops.aten.copy.default(empty_like, mul_3);  empty_like = mul_3 = None
+    mul_4 = torch.ops.aten.mul.Tensor(copy, 2);  copy = None
+    return (mul_4,)
 def forward(self, tangents_1):
-    mul_3 = torch.ops.aten.mul.Tensor(tangents_1, 2);  tangents_1 = None
-    return (mul_3,)""",
+    mul_5 = torch.ops.aten.mul.Tensor(tangents_1, 2);  tangents_1 = None
+    return (mul_5,)""",
         )
