@@ -22,16 +22,30 @@ LAYOUTS = {
 }
 
 
-def pairs(*marks_of_other_layouts):
-    """Every layout and every dtype in each run, all pairs of them in the slow one."""
-    parameters = []
-    for i, layout in enumerate(LAYOUTS):
-        for j, dtype in enumerate(DTYPES):
-            marks = [*(marks_of_other_layouts if i > 0 else ()), *([pytest.mark.slow] if (i + j) % len(DTYPES) else [])]
-            parameters.append(pytest.param(layout, dtype, marks=marks))
-    return pytest.mark.parametrize(("layout", "dtype"), parameters, ids=str)
+def is_slow(i, j):
+    """Every layout and every dtype are in each run, all pairs of them in the slow one."""
+    return (i + j) % len(DTYPES) != 0
 
 
+pairs = pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        pytest.param(layout, dtype, marks=[pytest.mark.slow] * is_slow(i, j))
+        for i, layout in enumerate(LAYOUTS)
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
+
+
+# As pairs, but each operator in every second layout; the first one is in the quick run, and the others are not.
+traced = [
+    pytest.param(name, layout, dtype, marks=[pytest.mark.compiles] * (i > 0) + [pytest.mark.slow] * slow)
+    for n, name in enumerate(SAMPLES)
+    for i, layout in enumerate(LAYOUTS)
+    for j, dtype in enumerate(DTYPES)
+    for slow in [is_slow(i, j) or (i > 0 and (i + n) % 2 == 1)]
+]
 gradients = pytest.mark.parametrize("requires_grad", [False, True])
 
 
@@ -53,16 +67,15 @@ def sample(name, layout, dtype, requires_grad, device):
     return getattr(ag, name).default, SAMPLES[name](x.detach().requires_grad_(requires_grad), scale)
 
 
-@pairs()
+@pairs
 @gradients
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name, layout, dtype, requires_grad, device):
     torch.library.opcheck(*sample(name, layout, dtype, requires_grad, device), test_utils=DEFAULT_TEST_UTILS[:3])
 
 
-@pairs(pytest.mark.compiles)
 @gradients
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(("name", "layout", "dtype"), traced, ids=str)
 def test_opcheck_by_tracing(name, layout, dtype, requires_grad, device):
     op, args = sample(name, layout, dtype, requires_grad, device)
     # Where no gradient follows, AOTAutograd makes the graph that it makes without requires_grad.
@@ -70,7 +83,7 @@ def test_opcheck_by_tracing(name, layout, dtype, requires_grad, device):
         torch.library.opcheck(op, args, test_utils=DEFAULT_TEST_UTILS[3:])
 
 
-@pairs()
+@pairs
 @gradients
 def test_opcheck_of_a_scale_that_requires_grad(layout, dtype, requires_grad, device):
     x = LAYOUTS[layout]().to(device, dtype).detach().requires_grad_(requires_grad)
