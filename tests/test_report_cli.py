@@ -127,7 +127,7 @@ def test_a_process_interrupted(checkpoint):
         weights._layer = layer
         sys.exit(cli.main(["report", *sys.argv[1:]]))
     """
-    arguments = [sys.executable, "-c", code, str(checkpoint), "-o", str(checkpoint.parent / "out")]
+    arguments = [sys.executable, "-P", "-c", code, str(checkpoint), "-o", str(checkpoint.parent / "out")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
