@@ -239,12 +239,12 @@ def amax_of_transformed(x: Tensor, dims: list[int], hadamard: bool) -> Described
     return out.zero_(), Launch(kernel, tiling.programs, [x, out], integers, constants, options, from_zero=True)
 
 
-by_kernel = served("amax", amax_of_transformed, aten.amax)
+amax_by_kernel = served("amax", amax_of_transformed, aten.amax)
 
 
 def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     """Behind the transform by a kernel, everything else as aten does."""
-    return by_kernel(x, dims, hadamard) if hadamard else aten.amax(x, dims)
+    return amax_by_kernel(x, dims, hadamard) if hadamard else aten.amax(x, dims)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -62,9 +62,8 @@ def _in_blocks(name: str) -> Callable[..., tuple[Any, Any]]:
 
 def _operands(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *args: Any) -> tuple[Any, Any]:
     """The two calls of the formula, each by its rule."""
-    calls, outputs = in_two_calls(_stack(info, x, in_dims[0]), *args), []
-    for call, of_scale in zip(calls, in_dims[1:3], strict=True):
-        outputs.append(_in_blocks("quantize_operand")(info, (0, of_scale), *call)[0])
+    rule, calls = _in_blocks("quantize_operand"), in_two_calls(_stack(info, x, in_dims[0]), *args)
+    outputs = [rule(info, (0, dim), *call)[0] for call, dim in zip(calls, in_dims[1:3], strict=True)]
     return _leading(tuple(outputs))
 
 
