@@ -50,6 +50,8 @@ MAX_REGISTERS = 40  # of a thread, so that 48 warps are at work; measured in flo
 GROUPS, CODES = 512, 8  # of codes that are whole bytes: groups of a program, and codes of a group
 ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the registers that it needs
 SCALES = 512  # of a program
+# Of a program whose tile is one large block of several rows, by the bytes of a number; measured in E4M3.
+LARGE_BLOCKS: dict[int, dict[str, Any]] = {4: {"num_warps": 4}, 2: {"num_warps": 16, "maxnreg": 48}}
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
 _NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS
@@ -140,6 +142,12 @@ def beside(x: Tensor, scale: Tensor) -> Tensor:
     return torch.full((), scale.item(), dtype=scale.dtype, device=x.device)
 
 
+def saturation_of(f: FP8Format, saturation: str) -> str:
+    """The saturation by whose kernel f is served: one for all that give it the same results."""
+    differs = {"none": f.has_nan, "propagate": f.has_inf, "finite": True}
+    return saturation if differs[saturation] else "finite"
+
+
 def launch_of(
     kernel: str, out: Tensor, scale: Tensor, inputs: list[Tensor], f: FP8Format, *modes: str
 ) -> Launch | None:
@@ -175,7 +183,7 @@ def quantize(
     f = check_quantize(x, scale, format, saturation, rounding, random_bits)
     out = torch.empty_like(x)
     inputs = [x, out if random_bits is None else random_bits]
-    return out, launch_of("project_kernel", out, scale, inputs, f, saturation, rounding, "multiplied")
+    return out, launch_of("project_kernel", out, scale, inputs, f, saturation_of(f, saturation), rounding, "multiplied")
 
 
 def project(
@@ -190,7 +198,7 @@ def project(
     f = check_project(x, scale, format, saturation, rounding, dtype, random_bits)
     out = torch.empty_like(x, dtype=dtype)
     inputs = [x, out if random_bits is None else random_bits]
-    return out, launch_of("project_kernel", out, scale, inputs, f, saturation, rounding, "projected")
+    return out, launch_of("project_kernel", out, scale, inputs, f, saturation_of(f, saturation), rounding, "projected")
 
 
 def encode(
@@ -204,7 +212,7 @@ def encode(
     f = check_encode(x, scale, format, saturation, rounding, random_bits=random_bits)
     out = torch.empty_like(x, dtype=code_dtype(f))
     inputs = [x, out if random_bits is None else random_bits]
-    return out, launch_of("project_kernel", out, scale, inputs, f, saturation, rounding, "packed")
+    return out, launch_of("project_kernel", out, scale, inputs, f, saturation_of(f, saturation), rounding, "packed")
 
 
 def decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype | None = None) -> Described:
@@ -223,28 +231,21 @@ def as_scale(amax: Tensor, max_value: float) -> Described:
     return out, Launch(module.as_scale_kernel, -(-out.numel() // SCALES), tensors, (out.numel(),), constants, options)
 
 
-def amax_of_transformed(x: Tensor, dims: list[int], hadamard: bool) -> Described:
-    """The largest of a whole tensor behind the transform."""
+def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Described:
+    """Of a whole dense tensor."""
     check_amax(x, dims, hadamard)
-    out, module = OPERATORS["amax"].output(x, dims), kernels("cuda_blocks")
-    if module is None or len(dims) < x.ndim or x.dtype == torch.float64:
-        return out, None
     is_dense = x.is_contiguous() or (x.ndim > 1 and x.mT.is_contiguous())
-    x = x if is_dense else x.contiguous()
-    tiling = tiling_of(x.shape, x.stride(), (*[1] * (x.ndim - 1), SIZE), False)
-    if tiling is None or tiling.programs == 0:
-        return out, None
-    integers, constants = tiling.integers[:4], (tiling.tile,)
+    x = x.contiguous() if hadamard and not is_dense else x
+    block = (*[1] * (x.ndim - 1), SIZE)
+    is_served = x.dtype != torch.float64 and len(dims) == x.ndim > 0 and (is_dense or hadamard)
+    tiling = tiling_of(x.shape, x.stride(), block, False) if is_served else None
+    module = kernels("cuda_blocks")
+    if module is None or tiling is None or tiling.programs == 0:
+        return x, None
+    out = OPERATORS["amax"].output(x, dims).zero_()
+    integers, constants = tiling.integers[:4], (tiling.tile, hadamard)
     options, kernel = tiling.options, module.largest_kernel
-    return out.zero_(), Launch(kernel, tiling.programs, [x, out], integers, constants, options, from_zero=True)
-
-
-amax_by_kernel = served("amax", amax_of_transformed, aten.amax)
-
-
-def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
-    """Behind the transform by a kernel, everything else as aten does."""
-    return amax_by_kernel(x, dims, hadamard) if hadamard else aten.amax(x, dims)
+    return out, Launch(kernel, tiling.programs, [x, out], integers, constants, options, from_zero=True)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -303,8 +304,8 @@ def quantize_operand(
     random_bits: Tensor | None = None,
     with_tensor_scale: bool = False,
 ) -> Described:
-    options: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, hadamard, random_bits
-    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options)
+    args: tuple[Any, ...] = block, power_of_two, scale_format, headroom, dtype, hadamard, random_bits
+    f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *args)
     out = torch.empty_like(x, dtype=dtype)
     g = None if scale_format is None else resolve(scale_format)
     is_counted = random_bits is not None and random_bits.dtype == SEED
@@ -318,11 +319,11 @@ def quantize_operand(
     random_bits = out if random_bits is None else random_bits
     random_bits = random_bits if is_counted else in_order_of(out, random_bits)
     scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
-    constants = tiling.tile, f, g, saturation, rounding, scaling, hadamard
+    constants = tiling.tile, f, g, saturation_of(f, saturation), rounding, scaling, hadamard
     tensors = [in_order_of(out, x), tensor_scale, random_bits, out]
-    return out, Launch(
-        module.quantize_operand_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options
-    )
+    options = LARGE_BLOCKS[x.itemsize] if tiling.has_large_blocks else tiling.options
+    kernel = module.quantize_operand_kernel
+    return out, Launch(kernel, tiling.programs, tensors, tiling.integers, constants, options)
 
 
 def quantize_operands(
@@ -357,7 +358,7 @@ def quantize_operands(
     if along is turned:
         scales, transforms = scales[::-1], transforms[::-1]
     scaling, pointers = scaling_of(f, power_of_two, headroom, False), [in_order_of(out, x), *scales, along, down]
-    constants = both.along, both.down, f, g, saturation, rounding, scaling, *transforms
+    constants = both.along, both.down, f, g, saturation_of(f, saturation), rounding, scaling, *transforms
     kernel = module.quantize_operands_kernel
     return outputs, Launch(kernel, both.programs, pointers, both.integers, constants, both.options)
 
@@ -389,7 +390,8 @@ def encode_blocks(
     codes = out if packs or f.bits == 8 else torch.empty_like(x, dtype=torch.uint8)
     tensor_scale = None if tensor_scale is None else beside(x, tensor_scale)
     random_bits = random_bits if is_counted or random_bits is None else random_bits.contiguous()
-    constants = tiling.tile, f, g, saturation, rounding, scaling_of(f, power_of_two, headroom, False), packs
+    modes = saturation_of(f, saturation), rounding
+    constants = tiling.tile, f, g, *modes, scaling_of(f, power_of_two, headroom, False), packs
     tensors = [x, *(x if t is None else t for t in (tensor_scale, random_bits)), scales, codes]  # x is not looked at
     start(Launch(module.encode_blocks_kernel, tiling.programs, tensors, tiling.integers, constants, tiling.options))
     return (out if codes is out else pack(codes, f.bits)), scales
@@ -401,15 +403,16 @@ DESCRIPTIONS = with_twins(
         "project": project,
         "encode": encode,
         "decode": decode,
+        "amax": amax,
         "as_scale": as_scale,
         "quantize_blocks": partial(quantize_operand, with_tensor_scale=True),
         "quantize_operand": quantize_operand,
         "quantize_operands": quantize_operands,
     }
 )
-KERNELS = with_twins(
-    {"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul, "amax": amax}
-) | {name: served(name, describe, aten.KERNELS[name]) for name, describe in DESCRIPTIONS.items()}
+KERNELS = with_twins({"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul}) | {
+    name: served(name, describe, aten.KERNELS[name]) for name, describe in DESCRIPTIONS.items()
+}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

@@ -173,11 +173,14 @@ def load_tile(x_ptr, matrix, rows, columns, down, across, tile: tl.constexpr):
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def largest_kernel(
-    x_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64, tiles_across: tl.int64, tile: tl.constexpr
-):
-    """The largest magnitude behind the Hadamard transform, where a 0 was."""
+    x_ptr, out_ptr, rows: tl.int64, columns: tl.int64, tiles_down: tl.int64, tiles_across: tl.int64,
+    tile: tl.constexpr, transforms: tl.constexpr,
+):  # fmt: skip
+    """The largest magnitude, behind the Hadamard transform where it transforms; out was 0."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
-    x = hadamard(load_tile(x_ptr, matrix, rows, columns, down, across, tile), tile)
+    x = load_tile(x_ptr, matrix, rows, columns, down, across, tile)
+    if transforms:
+        x = hadamard(x, tile)
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as magnitudes, NaN behind infinity
     largest = tl.max(bits.reshape(tile.high * tile.height_room * tile.wide * tile.width_room), axis=0)
     # Most programs find a larger one there, or one that was, and leave it.

@@ -93,6 +93,11 @@ class Tiling(NamedTuple):
         """Whether rows of blocks are of groups of 8 elements."""
         return self.tile.width % 8 == 0 and self.integers[1] % 8 == 0
 
+    @property
+    def has_large_blocks(self) -> bool:
+        """Whether a tile is a block of several rows that takes all registers of many threads."""
+        return self.tile.height > 1 and self.tile.height_room * self.tile.width_room == MAX_BLOCK
+
 
 def matrices_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Matrices | None:
     """Dense strides in memory order, dimensions joined where blocks allow it; None where three are not enough."""

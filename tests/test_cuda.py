@@ -431,6 +431,21 @@ def test_compiled(rounding, scale):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (70, 33), (3, 50, 20), (2, 3, 4, 4100), (0, 4), (1 << 20,)], ids=str)
+def test_the_largest_of_a_tensor(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cases = [x, x.mT if x.ndim > 1 else x, x[..., ::2] if x.ndim else x, x * 0, -x.abs()]
+    for special in (torch.inf, -torch.inf, torch.nan, -torch.nan):
+        cases.append(x.clone())
+        cases[-1].view(-1)[-1:] = special
+    for case in cases:
+        dims = list(range(case.ndim))
+        for _ in range(2):  # the second time as it was launched before
+            assert_same_bits(altgrad.amax(case.cuda(), dims), aten.amax(case, dims), case)
+
+
+@pytest.mark.gpu
 def test_nothing_synchronizes():
     x, codes = torch.randn(64, 64, device="cuda"), torch.zeros(64, 64, dtype=torch.uint8, device="cuda")
     scales = torch.tensor(0.5, device="cuda"), torch.rand(64, 1, device="cuda"), torch.tensor(0.5)

@@ -11,7 +11,7 @@ from ops_registry.autograd import entry
 from ops_registry.checks import FLOAT_DTYPES, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import POWER_OF_TWO_RULES, SEED
-from ops_registry.scales import as_power_of_two, as_scale
+from ops_registry.scales import as_power_of_two
 
 from .formats import FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor, has_whole_blocks
@@ -270,7 +270,7 @@ def _rounded_scale(
     if power_of_two is not None:
         return lambda statistic: as_power_of_two(statistic, format, power_of_two)
     if levels is None:
-        return lambda statistic: as_scale(statistic, format.max_representable_value)
+        return lambda statistic: torch.ops.altgrad.as_scale(statistic, format.max_representable_value)
     return levels.scaler(x)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype, divide
-from ops_registry.scales import as_scale, block_level
+from ops_registry.scales import block_level
 
 from .formats import FP8Format
 from .granularity import PerTensor
@@ -81,11 +81,12 @@ class Levels(NamedTuple):
                 f"scale_format {self.scale_format.name} times format {self.format.name} reaches {self.top:.3g}, beyond "
                 f"{dtype}: give a narrower scale_format, or tensor_scale=False"
             )
-        return PerTensor().apply(amax, x.detach()) * self.headroom
+        largest = PerTensor().apply(amax, x.detach())
+        return largest if self.headroom == 1 else largest * self.headroom
 
     def _tensor_scale(self, largest: Tensor) -> Tensor:
         if self.arithmetic == "exact":
-            return as_scale(largest, self.top).reshape(())
+            return torch.ops.altgrad.as_scale(largest, self.top).reshape(())
         return torch.where(largest.isfinite(), reciprocal(self._multiplier(largest)), math.nan).reshape(())
 
     def _multiplier(self, largest: Tensor) -> Tensor:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .operands import Operand, State, are_made_at_once, quantize_both, quantize_operand, transposed
+from .operands import (
+    Operand,
+    State,
+    are_made_at_once,
+    quantize_both,
+    quantize_operand,
+    restored,
+    stored,
+    transposed,
+)
 from .recipes import Product, Recipe, Rule
 from .watch import announce, recorders
 
@@ -29,7 +38,7 @@ class ProductState(NamedTuple):
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, state: ProductState) -> Tensor:
     """``a b^T + bias`` and its gradients by a recipe: a [batch, M, K], b [batch, N, K], or both without batch."""
-    y = _Product.apply(a, b, bias, *state, recipe)[0]  # type: ignore[no-untyped-call]
+    y = _Product.apply(a, b, bias, *state, recipe, torch.is_grad_enabled())[0]  # type: ignore[no-untyped-call]
     for record in recorders:
         record(a, b, recipe, y)
     return y
@@ -47,6 +56,7 @@ class _Product(torch.autograd.Function):
         scales: Tensor | None,
         amax: Tensor | None,
         recipe: Recipe,
+        has_backward: bool,
     ) -> tuple[Tensor, ...]:
         rules, state = recipe.forward, ProductState(seeds, scales, amax)
         is_apart = recipe.accumulators[0] is not None
@@ -54,12 +64,13 @@ class _Product(torch.autograd.Function):
         right = quantize_operand(b, rules.right, rules.hadamard, state.of(1), is_apart=is_apart)
         y = multiply(left, right, rules, a.dtype, bias, recipe.accumulators[0])
         # What is saved must be an input or an output.
-        kept = [left] * keeps_left(recipe) + [right] * keeps_right(recipe)
+        kept = [stored(left, rules.left)] if has_backward and keeps_left(recipe) else []
+        kept += [stored(right, rules.right)] if has_backward and keeps_right(recipe) else []
         return y, *(t for operand in kept for t in operand if t is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        a, b, bias, seeds, scales, ctx.amax, ctx.recipe = inputs  # amax: written later, so it cannot be saved
+        a, b, bias, seeds, scales, ctx.amax, ctx.recipe, _ = inputs  # amax: written later, so it cannot be saved
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.bias_ndim = None if bias is None else bias.ndim
@@ -70,7 +81,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         with torch.no_grad():
             gradients = gradients_of(ctx, grad, *ctx.saved_tensors)
         if (
@@ -78,7 +89,7 @@ class _Product(torch.autograd.Function):
         ):  # compiled backward passes raise by themselves
             origins = [t for t in (grad, *ctx.saved_tensors[:2]) if t is not None]
             gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
-        return *gradients, None, None, None, None
+        return *gradients, *(None,) * 5
 
 
 class _Final(torch.autograd.Function):
@@ -113,8 +124,9 @@ def gradients_of(
     state = ProductState(seeds, scales, ctx.amax)
     outputs = iter(kept)
     of_forward = recipe.accumulators[0]
-    left = read_operand(recipe.forward.left, outputs, of_forward) if keeps_left(recipe) else None
-    right = read_operand(recipe.forward.right, outputs, of_forward) if keeps_right(recipe) else None
+    kept_rules = recipe.forward.left, recipe.forward.right
+    left = read_operand(kept_rules[0], outputs, of_forward, grad.dtype) if keeps_left(recipe) else None
+    right = read_operand(kept_rules[1], outputs, of_forward, grad.dtype) if keeps_right(recipe) else None
     of_a = of_b = first = second = None
     if all(ctx.needs_input_grad[:2]):
         first, second = both_operands(grad, recipe, state)
@@ -177,10 +189,11 @@ def is_one_operand(recipe: Recipe, rule: Rule, first: int, second: int) -> bool:
     return rule.serves_both_directions and takes_one and are_alike and not transformed
 
 
-def read_operand(rule: Rule | None, tensors: Iterator[Tensor], accumulator: str | None) -> Operand:
+def read_operand(rule: Rule | None, tensors: Iterator[Tensor], accumulator: str | None, dtype: torch.dtype) -> Operand:
     """The operand that forward returned as one or two tensors."""
     values = next(tensors)
-    return Operand(values, next(tensors) if rule is not None and rule.has_outer_scale(accumulator) else None)
+    scale = next(tensors) if rule is not None and rule.has_outer_scale(accumulator) else None
+    return restored(Operand(values, scale), rule, dtype)
 
 
 def backward_operand(

@@ -185,6 +185,32 @@ def bandwidth() -> None:
             rows.append(("the aten formula, eager, float32", f"{copy / formula:.3f} of copy_", ""))
 
 
+def blocks() -> None:
+    """quantize_blocks at 2^27 elements, eager and compiled, beside ``y.copy_(x)`` for what it must read and write."""
+    from altgrad.quantization import E4M3, MXFP4, MXFP8_E4M3, NVFP4, PerAxis, PerBlock, quantize_blocks
+
+    x32 = torch.randn(1 << 14, 1 << 13, device="cuda")
+    recipes = {
+        "MXFP8": MXFP8_E4M3,
+        "MXFP4": MXFP4,
+        "NVFP4": NVFP4,
+        "E4M3 in 128 x 128": {"format": E4M3, "granularity": PerBlock((128, 128))},
+        "E4M3 per row": {"format": E4M3, "granularity": PerAxis(0)},
+    }
+    for x in (x32, x32.bfloat16()):
+        y, dtype = torch.empty_like(x), str(x.dtype).removeprefix("torch.")
+        for name, options in recipes.items():
+            torch._dynamo.reset()
+            eager = functools.partial(quantize_blocks, x, **options)
+            fast = torch.compile(lambda x: quantize_blocks(x, **options), fullgraph=True)  # noqa: B023
+            share = 1.5 if name == "NVFP4" else 1.0  # one more read, for the scale of the tensor
+            for mode, call in (("eager", eager), ("compiled", functools.partial(fast, x))):
+                copy = milliseconds(lambda: y.copy_(x))  # noqa: B023
+                ratio = milliseconds(call) / (share * copy)
+                value = f"{ratio:.3f} of {share:g} copy_"
+                report(f"quantize_blocks, {name}, {dtype}, {mode}", value, "<= 1.15", ratio <= 1.15)
+
+
 def fusion() -> None:
     x, scale = torch.randn(N, device="cuda"), torch.tensor(0.37, device="cuda")
     plain, fused = torch.compile(silu), torch.compile(lambda x: silu(altgrad.quantize(x, scale, "E4M3")))
@@ -272,7 +298,8 @@ def launch() -> None:
             rows.append((f"launch: {name}", value, ""))
 
 
-SECTIONS = {f.__name__: f for f in (bandwidth, fusion, modes, launch, scales, exhaustive, exhaustive_in_other_modes)}
+_SECTIONS = bandwidth, blocks, fusion, modes, launch, scales, exhaustive, exhaustive_in_other_modes
+SECTIONS = {f.__name__: f for f in _SECTIONS}
 
 
 def main() -> None:

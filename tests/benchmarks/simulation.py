@@ -3,9 +3,11 @@
     python tests/benchmarks/simulation.py [--device cuda] [--recipes fp8_current mxfp8 nvfp4] [--modes compiled eager]
 
 prints a Markdown table for docs/benchmarks.md: the median step, peak memory and the first step, which holds the
-compilation. The mode "graphs" is compiled code in CUDA graphs, whose own memory is not counted. bfloat16 comes again at
-the end, to judge how much a host swings. On a CPU the model is smaller. Peers: a fake quantization of all operands
-written by hand with the operators of altgrad.quantization, and torchao's float8 training, where torchao is installed.
+compilation. Steps follow each other as in training, where the host does not wait for the GPU at the end of each; the
+GPU's clock tells when one begins. The mode "graphs" is compiled code in CUDA graphs, whose own memory is not counted.
+bfloat16 comes again at the end, to judge how much a host swings. On a CPU the model is smaller. Peers: a fake
+quantization of all operands written by hand with the operators of altgrad.quantization, and torchao's float8 training,
+where torchao is installed.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from altgrad.quantization import E4M3, E5M2, compute_scale, quantize
 from altgrad.simulation import simulate
 
 warnings.filterwarnings("error", message="altgrad computes on the CPU without")  # ALTGRAD_CPU_TARGET=aten asks for that
-REPEATS = 15
+WARM, REPEATS = 3, 25
 TO_COMPILE = {"compiled": None, "graphs": "reduce-overhead"}
 
 
@@ -99,6 +101,20 @@ def torchao_float8(model):
 PEERS = {"bfloat16": lambda model: None, "fake quantization by hand": by_hand, "torchao float8": torchao_float8}
 
 
+def mark(device):
+    """A point in time: of the GPU, where what comes next begins."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first, second):
+    """Milliseconds."""
+    return (second - first) * 1e3 if isinstance(first, float) else first.elapsed_time(second)
+
+
 def measure(change, device, mode, shape, context, batch):
     """(median step, first step) in milliseconds and peak memory in GB."""
     torch.compiler.reset()
@@ -111,10 +127,11 @@ def measure(change, device, mode, shape, context, batch):
             block.compile(mode=TO_COMPILE[mode])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     tokens = torch.randint(50257, (batch, context), device=device)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times = []
-    for _ in range(3 + REPEATS):
-        start = time.perf_counter()
+    marks = []
+    for step in range(WARM + REPEATS):
+        if step == WARM and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        marks.append(mark(device))
         torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device, torch.bfloat16):
             loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
@@ -123,12 +140,12 @@ def measure(change, device, mode, shape, context, batch):
         optimizer.zero_grad()
         if simulation is not None:
             simulation.step()
-        synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-        if len(times) == 3 and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    marks.append(mark(device))
+    if device == "cuda":
+        torch.cuda.synchronize()
     memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
-    return statistics.median(times[3:]), times[0], memory
+    times = list(map(between, marks, marks[1:]))
+    return statistics.median(times[WARM:]), times[0], memory
 
 
 def main():
