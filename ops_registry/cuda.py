@@ -321,7 +321,8 @@ def quantize_operand(
     scaling = scaling_of(f, power_of_two, headroom, with_tensor_scale)
     constants = tiling.tile, f, g, saturation_of(f, saturation), rounding, scaling, hadamard
     tensors = [in_order_of(out, x), tensor_scale, random_bits, out]
-    options = LARGE_BLOCKS[x.itemsize] if tiling.has_large_blocks else tiling.options
+    is_large = tiling.has_large_blocks and rounding != "stochastic"
+    options = LARGE_BLOCKS[x.itemsize] if is_large else tiling.options
     kernel = module.quantize_operand_kernel
     return out, Launch(kernel, tiling.programs, tensors, tiling.integers, constants, options)
 
