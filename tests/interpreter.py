@@ -1,10 +1,8 @@
-"""Triton's interpreter: kernels on the CPU, in a process of their own, for the tests named ``interpreted``."""
+"""Triton's interpreter: kernels on the CPU, for the tests named ``interpreted``, which test_interpreter.py runs."""
 
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -29,27 +27,4 @@ if INTERPRETS:
 
     interpreter._patch_lang = patch_for_good
 
-interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter")
-
-
-def runs_interpreted(test):
-    """Marks the test that calls :func:`run_interpreted`."""
-    version = tuple(map(int, triton.__version__.split(".")[:2])) if triton else ()
-    for mark in (
-        pytest.mark.compiles,
-        pytest.mark.skipif(triton is None or INTERPRETS, reason="needs triton"),
-        pytest.mark.skipif(
-            triton is not None and version < (3, 9),
-            reason="the interpreter of older versions rounds a fused multiply-add twice",
-        ),
-    ):
-        test = mark(test)
-    return test
-
-
-def run_interpreted(file):
-    """Runs the interpreted tests of a file, all of which must pass."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-k", "interpreted", "-p", "no:cacheprovider", file]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout, run.stdout
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="runs under test_interpreter.py")

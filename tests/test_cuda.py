@@ -1,6 +1,6 @@
 """CUDA: the bits of the definition, every layout of scale, no synchronization; without a GPU, Triton's interpreter.
 
-Tests named ``interpreted`` run the kernels on the CPU, in the process that ``test_interpreter`` starts.
+Tests named ``interpreted`` run the kernels on the CPU, in the process of test_interpreter.py.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from conftest import (
     reference_encode,
     reference_quantize,
 )
-from interpreter import interpreted, run_interpreted, runs_interpreted
+from interpreter import interpreted
 from samples import SAMPLES
 
 from altgrad.quantization import E4M3, E5M2, E7M0, quantize, resolve
@@ -76,11 +76,6 @@ def test_offsets_in_tall_tiles_fit_32_bits():
         _, _, (walk, rows_of_tile, _) = cuda.plan((rows, columns), (columns, 1), (columns,), (1,), 1024)
         assert not walk.is_wide
         assert not walk.is_columns or rows_of_tile * columns <= 2**30
-
-
-@runs_interpreted
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted

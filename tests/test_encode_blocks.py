@@ -1,6 +1,6 @@
 """The operator encode_blocks: the codes and scales of the definition, by the formula and by every kernel.
 
-Tests named ``interpreted`` run the Triton kernel on the CPU, in the process that ``test_interpreter`` starts.
+Tests named ``interpreted`` run the Triton kernel on the CPU, in the process of test_interpreter.py.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bits, reference_encode
-from interpreter import INTERPRETS, interpreted, run_interpreted, runs_interpreted
+from interpreter import INTERPRETS, interpreted
 from test_quantize_blocks import BLOCKS, FORMATS, NEAREST, SCALINGS, arguments, granularity_of, laid_out, on, samples
 
 from altgrad.quantization import (
@@ -225,11 +225,6 @@ def test_compiled_with_a_smaller_last_block(options):
     encoded = torch.compile(lambda x: encode_blocks(x, **options)[:2], fullgraph=True)(x)
     for got, want in zip(encoded, encode_blocks(x, **options)[:2], strict=True):
         assert_same_bits(got, want)
-
-
-@runs_interpreted
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """The Hadamard transform inside operators: the bits of its definition, then those of the operator without it.
 
-Tests named ``interpreted`` run the Triton kernels on the CPU, in the process that ``test_interpreter`` starts.
+Tests named ``interpreted`` run the Triton kernels on the CPU, in the process of test_interpreter.py.
 """
 
 import numpy as np
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bits
-from interpreter import interpreted, run_interpreted, runs_interpreted
+from interpreter import interpreted
 
 from ops_registry import aten, blocks, cpu, cuda
 from ops_registry.arithmetic import compute_dtype
@@ -146,11 +146,6 @@ def test_amax(shape, block, is_turned, implementation):
 def test_amax_of_rows():
     x = sample((8, 32), False)
     assert_same_bits(torch.ops.altgrad.amax(x, [1], True), aten.amax(by_steps(x), [1]))
-
-
-@runs_interpreted
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,6 +1,6 @@
 """pack and unpack: the bits of one integer for a row, by the formula and by every kernel, and what others read.
 
-Tests named ``interpreted`` run the Triton kernel on the CPU, in the process that ``test_interpreter`` starts.
+Tests named ``interpreted`` run the Triton kernel on the CPU, in the process of test_interpreter.py.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from conftest import assert_same_bits
-from interpreter import interpreted, run_interpreted, runs_interpreted
+from interpreter import interpreted
 
 from altgrad.quantization import pack, unpack
 from ops_registry import aten, cpu, cuda, packing
@@ -108,11 +108,6 @@ def test_export_keeps_one_node_each():
     assert nodes == ["altgrad.pack.default", "altgrad.unpack.default"]
     longer = torch.randint(64, (3, 33), dtype=torch.uint8)
     assert_same_bits(exported.module()(longer), longer)
-
-
-@runs_interpreted
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @pytest.fixture

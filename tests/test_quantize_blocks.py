@@ -1,6 +1,6 @@
 """The operator quantize_blocks: the bits of the definition, by the formula and by every kernel.
 
-Tests named ``interpreted`` run the Triton kernel on the CPU, in the process that ``test_interpreter`` starts.
+Tests named ``interpreted`` run the Triton kernel on the CPU, in the process of test_interpreter.py.
 """
 
 from functools import partial
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bits, random_bit_patterns, reference_quantize
-from interpreter import INTERPRETS, interpreted, run_interpreted, runs_interpreted
+from interpreter import INTERPRETS, interpreted
 
 from altgrad.quantization import PerAxis, PerBlock, PerTensor, compute_scale, resolve
 from altgrad.quantization.two_levels import Levels
@@ -261,11 +261,6 @@ def test_compiled_with_a_smaller_last_block():
     args = arguments(x, resolve("E4M3"), (1, 32), *NEAREST, power_of_two="rceil")
     compiled = torch.compile(lambda x: torch.ops.altgrad.quantize_blocks(x, *args[1:]), fullgraph=True)
     assert_same_bits(compiled(x), torch.ops.altgrad.quantize_blocks(*args), x)
-
-
-@runs_interpreted
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @pytest.fixture

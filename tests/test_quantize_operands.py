@@ -1,12 +1,12 @@
 """The operator quantize_operands: bit for bit quantize_operand of x, and of x transposed.
 
-Tests named ``interpreted`` run the Triton kernel on the CPU, in the process that ``test_interpreter`` starts.
+Tests named ``interpreted`` run the Triton kernel on the CPU, in the process of test_interpreter.py.
 """
 
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bits
-from interpreter import INTERPRETS, interpreted, run_interpreted, runs_interpreted
+from interpreter import INTERPRETS, interpreted
 from test_quantize_blocks import on
 
 from ops_registry import aten, cuda, launches, tiles
@@ -111,11 +111,6 @@ def test_one_launch(shape, name):
     for dtype in DTYPES[:3]:
         for x in [*laid_out(sample(shape, dtype))][:3]:
             check(in_one_launch(), x, RULES[name], "cuda")
-
-
-@runs_interpreted
-def test_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted
