@@ -271,6 +271,8 @@ static struct strip strip_of(const struct blocks *b, int64_t number) {
     return s;
 }
 
+INLINE int has_rows(const struct strip *s) { return s->pieces > 1 && !s->is_long; }
+
 INLINE int64_t size_of_piece(const struct strip *s, int64_t piece) { return piece < s->pieces - 1 ? s->n : s->last; }
 
 /* The largest magnitudes of each column up to a piece, as bits of the dtype: NaN lies behind infinity. */
@@ -305,11 +307,12 @@ struct scales {
     int shared;
 };
 
-/* The scales of a strip: of one piece, or of those whose magnitudes have been added. */
+/* The scales of a strip: of one row, or of those whose magnitudes have been added. */
 static struct scales find_scales(const struct blocks *b, struct room *r, const struct strip *s) {
-    const int64_t n = s->n, width = b->width < n ? b->width : n, count = (n + width - 1) / width;
+    const int64_t n = s->is_long ? (s->pieces - 1) * s->n + s->last : s->n;
+    const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
     const enum dtype dtype = b->plan->dtypes[X];
-    const void *magnitudes = s->pieces > 1 ? (const char *)&r->most : b->x + s->at * size_of(dtype);
+    const void *magnitudes = has_rows(s) ? (const char *)&r->most : b->x + s->at * size_of(dtype);
     most_of_row(magnitudes, dtype, n, width, r->amax);
     for (int64_t block = 0; block < count; block++) {
         r->amax[block] *= b->headroom;
@@ -362,12 +365,12 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
 static void fetch_piece(const char *tensor, enum dtype dtype, const struct strip *s, int64_t piece, int is_written) {
 #ifdef __GNUC__
     const char *from = tensor + (s->at + piece * s->step) * size_of(dtype);
-    const int64_t bytes = piece < s->pieces && !s->is_long ? s->n * size_of(dtype) : 0;
+    const int64_t bytes = piece < s->pieces && has_rows(s) ? s->n * size_of(dtype) : 0;
     for (int64_t i = 0; i < bytes; i += 64) {
         if (is_written) {
-            __builtin_prefetch(from + i, 1);
+            __builtin_prefetch(from + i, 1, 2);
         } else {
-            __builtin_prefetch(from + i, 0);
+            __builtin_prefetch(from + i, 0, 2);
         }
     }
 #endif
@@ -389,14 +392,14 @@ static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
         const struct scales scales = s.pieces > 0 ? find_scales(b, &room, &s) : (struct scales){0};
         const struct strip next = number < end ? strip_of(b, number) : (struct strip){0};
         for (int64_t piece = 0; piece < s.pieces || piece < next.pieces; piece++) {
-            fetch_piece(b->x, b->plan->dtypes[X], &next, piece + 1, 0);
+            fetch_piece(b->x, b->plan->dtypes[X], &next, piece + 2, 0);
             if (b->plan->operation != ENCODE) {
-                fetch_piece(b->out, b->plan->out_dtype, &s, piece + 1, 1);
+                fetch_piece(b->out, b->plan->out_dtype, &s, piece + 2, 1);
             }
             if (piece < s.pieces) {
                 apply_scales(b, &f, &room, &s, piece, &scales);
             }
-            if (piece < next.pieces && next.pieces > 1) {
+            if (piece < next.pieces && has_rows(&next)) {
                 add_magnitudes(b, &room, &next, piece);
             }
         }
