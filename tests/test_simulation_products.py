@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import simulation_reference
 import torch
-from conftest import assert_same_bits
+from conftest import DTYPES, all_inputs, assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad.quantization import E4M3, PerAxis, PerBlock, PerTensor, compute_scale, quantize, quantize_blocks
 from altgrad.simulation import RECIPES, Product, Recipe, Rule, attention, conv, linear, matmul, products
-from altgrad.simulation.operands import State, quantize_operand
+from altgrad.simulation.operands import State, quantize_operand, restored, stored
 from altgrad.simulation.products import ProductState
+from ops_registry.modes import SATURATIONS
 
 OWN = [
     Recipe("rows of floats", *[(Rule("E4M3", per="row"), Rule("E3M4", per="row"))] * 3),
@@ -265,6 +266,30 @@ def test_what_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         linear(x, w.detach(), None, "mxfp8")
     assert [t.data_ptr() for t in saved] == [w.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rule, in_bytes",
+    [
+        *(
+            (Rule("E4M3", saturation=saturation, scale=scale), True)
+            for saturation in SATURATIONS
+            for scale in (None, 1.0)
+        ),
+        *((Rule("E4M3", **options), False) for options in ({"power_of_two": "ceil"}, {"scale_format": "E5M2"})),
+        *((Rule("E4M3", per=per), False) for per in ("row", (32, 32))),
+        *((Rule(name), False) for name in ("E3M4", "E5M2", "E2M1", "e4m3b7", "E4M3FNUZ", "FP16")),
+    ],
+    ids=repr,
+)
+def test_what_is_kept_loses_nothing(rule, in_bytes, dtype):
+    everything = all_inputs(torch.bfloat16).view(1024, 64)
+    for x in (everything, everything.nan_to_num(0, 0, 0) * 2.0**-120):
+        operand = quantize_operand(x.to(dtype), rule, 0, State())
+        kept = stored(operand, rule)
+        assert (kept.values.dtype == torch.float8_e4m3fn) == in_bytes
+        assert_same_bits(restored(kept, rule, dtype).values, operand.values)
 
 
 def test_transforms_of_functions():
