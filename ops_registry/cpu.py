@@ -351,7 +351,7 @@ def quantize_operand(
     g = None if scale_format is None else resolve(scale_format)
     out = torch.empty_like(x, dtype=dtype)
     x = transform(x) if hadamard else x
-    strips = strips_of(out.shape, out.stride(), tuple(block), x.itemsize)
+    strips = strips_of(out.shape, out.stride(), tuple(block))
     if strips is None or x.dtype == torch.float64 or not fits_blocks(f, g):
         modes = saturation, rounding, *options, False, random_bits, with_tensor_scale
         return out.copy_(blocks.quantize_operand(x, tensor_scale, format, *modes))
@@ -376,7 +376,7 @@ def encode_blocks(
     f = check_encode_blocks(*args, random_bits=random_bits)
     g = None if scale_format is None else resolve(scale_format)
     x = x.contiguous()
-    strips = strips_of(x.shape, x.stride(), tuple(block), x.itemsize)
+    strips = strips_of(x.shape, x.stride(), tuple(block))
     is_served = strips is not None and x.dtype != torch.float64 and x.numel() > 0 and fits_blocks(f, g)
     if strips is None or not is_served or (g is not None and g.bits > 8):
         return blocks.encode_blocks(*args, random_bits)

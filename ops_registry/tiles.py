@@ -11,7 +11,6 @@ from .hadamard import SIZE
 Size = tuple[int, ...]
 
 CHUNK = 1024  # elements that a C kernel takes at a time, as in csrc/kernels.c
-STRIP, LEAST_SPAN = 1 << 18, 256  # bytes of a strip of tall blocks, two of which are in the second-level cache; columns
 TILE = 4096  # elements of a program, where its blocks are not larger
 PER_WARP = 1024  # elements of 32 threads
 # Of a program of columns: elements, columns, and elements of 32 threads, which have two columns each.
@@ -190,13 +189,12 @@ class Strips(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def strips_of(shape: Size, strides: Size, block: Size, itemsize: int) -> Strips | None:
+def strips_of(shape: Size, strides: Size, block: Size) -> Strips | None:
     """The strips of csrc/blocks.h; None where blocks are scattered, or of several rows and more columns than CHUNK."""
     m = matrices_of(shape, strides, block, True)
     if m is None or (m.width > CHUNK and m.height > 1):
         return None
-    most = CHUNK if m.height == 1 else min(CHUNK, max(LEAST_SPAN, STRIP // (m.height * itemsize)))
-    span = max(m.width, most // m.width * m.width)
+    span = max(m.width, CHUNK // m.width * m.width)
     down, across = -(-m.rows // m.height), -(-m.columns // span)
     number = m.stack * down * across if math.prod(shape) else 0
     integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps

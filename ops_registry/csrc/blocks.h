@@ -2,23 +2,30 @@
  * of the cache, read again to be divided. The numbers of scales.py and tiles.py.
  */
 
-/* What a strip needs in the first-level cache; ones are scales of 1. */
-struct room {
-    _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK];
-    float amax[CHUNK], divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
+enum { BAND = 8 }; /* strips beside each other */
+
+/* Of the columns of a strip: the largest magnitudes so far, scales, and random words of four rows. */
+struct columns {
+    _Alignas(64) float divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
+    uint32_t fours[4 * (CHUNK + LANES)];
     union {
         uint32_t words[CHUNK];
         uint16_t halves[CHUNK];
     } most;
-    uint32_t random[PHILOX_ROOM], fours[4 * (CHUNK + LANES)];
+};
+
+/* What a strip needs in the first-level cache; ones are scales of 1. */
+struct room {
+    _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK], amax[CHUNK];
+    uint32_t random[PHILOX_ROOM];
     uint8_t codes[CHUNK];
     struct format32 level; /* of scales in a format of their own */
 };
 
 /* n scales from the largest magnitudes: what is divided by, and what values are multiplied by. */
-static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
+static void scales_of(const struct blocks *b, struct room *r, struct columns *c, int64_t n) {
     const float *restrict amax = r->amax;
-    float *restrict divisor = r->divisor, *restrict multiplier = r->multiplier, *restrict quotients = r->quotients;
+    float *restrict divisor = c->divisor, *restrict multiplier = c->multiplier, *restrict quotients = r->quotients;
     const float max_value = b->max_value, factor = b->factor, second_factor = b->second_factor, most = b->most;
     const float tensor_scale = b->tensor_scale;
     const int32_t carry = b->carry, exponent = b->exponent;
@@ -55,16 +62,16 @@ static void scales_of(const struct blocks *b, struct room *r, int64_t n) {
 }
 
 /* What values of n blocks are multiplied by, as scale number at and those behind it. */
-static void store_scales(const struct blocks *b, const struct room *r, int64_t at, int64_t n) {
+static void store_scales(const struct blocks *b, const struct room *r, const float *multiplier, int64_t at, int64_t n) {
     uint8_t *codes = (uint8_t *)b->scales + at;
     if (b->level != NULL) {
-        encode32(r->multiplier, r->ones, 1, NULL, codes, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, &r->level);
+        encode32(multiplier, r->ones, 1, NULL, codes, n, variant_of(b->level), NEAREST_TIES_TO_EVEN, &r->level);
     } else if (b->is_power) {
         for (int64_t i = 0; i < n; i++) {
-            codes[i] = (uint8_t)(bits32(r->multiplier[i]) >> FRACTION_BITS); /* 0 of 2^-127, 255 of NaN */
+            codes[i] = (uint8_t)(bits32(multiplier[i]) >> FRACTION_BITS); /* 0 of 2^-127, 255 of NaN */
         }
     } else {
-        memcpy((float *)(void *)b->scales + at, r->multiplier, (size_t)n * sizeof *r->multiplier);
+        memcpy((float *)(void *)b->scales + at, multiplier, (size_t)n * sizeof *multiplier);
     }
 }
 
@@ -249,14 +256,15 @@ struct strip {
     int is_long;
 };
 
-static struct strip strip_of(const struct blocks *b, int64_t number) {
-    const int64_t across = number % b->strips_across, rest = number / b->strips_across;
-    const int64_t row = rest % b->strips_down * b->height, matrix = rest / b->strips_down;
-    const int64_t column = across * b->span, columns = b->columns - column, rows = b->rows - row;
+static struct strip strip_of(const struct blocks *b, int64_t matrix, int64_t down, int64_t across) {
+    const int64_t row = down * b->height, rows = b->rows - row;
+    const int64_t column = across * b->span, columns = b->columns - column;
     const int64_t n = columns < b->span ? columns : b->span, pieces = (n + CHUNK - 1) / CHUNK;
+    const int64_t blocks_across = b->scales == NULL ? 0 : (b->columns + b->width - 1) / b->width;
     struct strip s = {.at = (matrix * b->rows + row) * b->columns + column,
                       .index = matrix * b->steps[0] + row * b->steps[1] + column * b->steps[2],
-                      .first = rest * ((b->columns + b->width - 1) / b->width) + column / b->width,
+                      .first =
+                          b->scales == NULL ? 0 : (matrix * b->strips_down + down) * blocks_across + column / b->width,
                       .pieces = rows < b->height ? rows : b->height,
                       .n = n,
                       .last = n,
@@ -279,7 +287,7 @@ INLINE int64_t size_of_piece(const struct strip *s, int64_t piece) { return piec
 #define ADD_MAGNITUDES(TYPE, SIGNED, MEMBER, MAGNITUDE)                                                                \
     {                                                                                                                  \
         const TYPE *restrict x = (const TYPE *)from;                                                                   \
-        TYPE *restrict most = r->most.MEMBER;                                                                          \
+        TYPE *restrict most = c->most.MEMBER;                                                                          \
         for (int64_t i = 0; piece == 0 && i < n; i++) {                                                                \
             most[i] = x[i] & MAGNITUDE;                                                                                \
         }                                                                                                              \
@@ -289,7 +297,7 @@ INLINE int64_t size_of_piece(const struct strip *s, int64_t piece) { return piec
         }                                                                                                              \
     }
 
-static void add_magnitudes(const struct blocks *b, struct room *r, const struct strip *s, int64_t piece) {
+static void add_magnitudes(const struct blocks *b, struct columns *c, const struct strip *s, int64_t piece) {
     const enum dtype dtype = b->plan->dtypes[X];
     const void *from = b->x + (s->at + piece * s->step) * size_of(dtype);
     const int64_t n = size_of_piece(s, piece);
@@ -308,20 +316,20 @@ struct scales {
 };
 
 /* The scales of a strip: of one row, or of those whose magnitudes have been added. */
-static struct scales find_scales(const struct blocks *b, struct room *r, const struct strip *s) {
+static struct scales find_scales(const struct blocks *b, struct room *r, struct columns *c, const struct strip *s) {
     const int64_t n = s->is_long ? (s->pieces - 1) * s->n + s->last : s->n;
     const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
     const enum dtype dtype = b->plan->dtypes[X];
-    const void *magnitudes = has_rows(s) ? (const char *)&r->most : b->x + s->at * size_of(dtype);
+    const void *magnitudes = has_rows(s) ? (const char *)&c->most : b->x + s->at * size_of(dtype);
     most_of_row(magnitudes, dtype, n, width, r->amax);
     for (int64_t block = 0; block < count; block++) {
         r->amax[block] *= b->headroom;
     }
-    scales_of(b, r, count);
+    scales_of(b, r, c, count);
     if (b->scales != NULL) {
-        store_scales(b, r, s->first, count);
+        store_scales(b, r, c->multiplier, s->first, count);
     }
-    struct scales found = {r->divisor, r->multiplier, 1};
+    struct scales found = {c->divisor, c->multiplier, 1};
     if (b->plan->operation != ENCODE) {
         found.shared = s->is_long ? 0 : shares(width, n);
     }
@@ -329,17 +337,17 @@ static struct scales find_scales(const struct blocks *b, struct room *r, const s
         return found;
     }
     /* What is behind a smaller last block has room too: whole blocks are CHUNK columns at most. */
-    spread_scales(r->divisor, count, width / found.shared, r->divisors);
-    found.divisors = found.multipliers = r->divisors;
+    spread_scales(c->divisor, count, width / found.shared, c->divisors);
+    found.divisors = found.multipliers = c->divisors;
     if (b->level != NULL && !b->with_tensor_scale) {
-        spread_scales(r->multiplier, count, width / found.shared, r->multipliers);
-        found.multipliers = r->multipliers;
+        spread_scales(c->multiplier, count, width / found.shared, c->multipliers);
+        found.multipliers = c->multipliers;
     }
     return found;
 }
 
 static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, const struct strip *s,
-                         int64_t piece, const struct scales *scales) {
+                         int64_t piece, const struct scales *scales, uint32_t *fours) {
     const struct plan *p = b->plan;
     const int64_t at = s->at + piece * s->step, n = size_of_piece(s, piece);
     const uint32_t *random = NULL;
@@ -347,7 +355,7 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         const int64_t index = s->index + piece * s->index_step;
         const uint64_t seed = *(const uint64_t *)(const void *)b->random;
         random = b->steps[2] == 1 ? random_words(seed, index, n, r->random)
-                                  : random_words_apart(seed, index, b->steps[2], n, r->fours, r->random);
+                                  : random_words_apart(seed, index, b->steps[2], n, fours, r->random);
     } else if (p->rounding == STOCHASTIC) {
         random = (const uint32_t *)(const void *)b->random + at;
     }
@@ -360,49 +368,48 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
                b->out + at * size_of(p->out_dtype), n);
 }
 
-/* Asks for a piece of a tensor before it is needed: rows of a strip are too far from each other for the processor to
- * see where they go on. */
-static void fetch_piece(const char *tensor, enum dtype dtype, const struct strip *s, int64_t piece, int is_written) {
-#ifdef __GNUC__
-    const char *from = tensor + (s->at + piece * s->step) * size_of(dtype);
-    const int64_t bytes = piece < s->pieces && has_rows(s) ? s->n * size_of(dtype) : 0;
-    for (int64_t i = 0; i < bytes; i += 64) {
-        if (is_written) {
-            __builtin_prefetch(from + i, 1, 2);
-        } else {
-            __builtin_prefetch(from + i, 0, 2);
-        }
-    }
-#endif
-}
-
-/* Strips begin to end of a struct blocks. While the pieces of one are divided, those of the next are read for the first
- * time, so that memory is busy all the time. */
+/* Strips begin to end of a struct blocks. Of strips beside each other whole rows are read and, when the scales of all
+ * have been found, read again: rows of one strip lie far from each other, and processors see where memory is read on.
+ */
 static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
     const struct format32 f = prepare32(b->plan);
     struct room room;
+    struct columns columns[BAND];
+    struct strip strips[BAND];
+    struct scales scales[BAND];
     if (b->level != NULL) {
         room.level = prepare32(b->level);
     }
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;
     }
-    struct strip s = {0};
-    for (int64_t number = begin; number <= end; number++) {
-        const struct scales scales = s.pieces > 0 ? find_scales(b, &room, &s) : (struct scales){0};
-        const struct strip next = number < end ? strip_of(b, number) : (struct strip){0};
-        for (int64_t piece = 0; piece < s.pieces || piece < next.pieces; piece++) {
-            fetch_piece(b->x, b->plan->dtypes[X], &next, piece + 2, 0);
-            if (b->plan->operation != ENCODE) {
-                fetch_piece(b->out, b->plan->out_dtype, &s, piece + 2, 1);
-            }
-            if (piece < s.pieces) {
-                apply_scales(b, &f, &room, &s, piece, &scales);
-            }
-            if (piece < next.pieces && has_rows(&next)) {
-                add_magnitudes(b, &room, &next, piece);
+    int64_t across = begin % b->strips_across, down = begin / b->strips_across % b->strips_down;
+    int64_t matrix = begin / b->strips_across / b->strips_down;
+    for (int64_t number = begin, n; number < end; number += n) {
+        const int64_t beside = b->strips_across - across, most = b->height > 1 ? BAND : 1;
+        n = beside < most ? beside : most;
+        n = n < end - number ? n : end - number;
+        for (int64_t i = 0; i < n; i++) {
+            strips[i] = strip_of(b, matrix, down, across + i);
+        }
+        for (int64_t row = 0; has_rows(strips) && row < strips->pieces; row++) {
+            for (int64_t i = 0; i < n; i++) {
+                add_magnitudes(b, &columns[i], &strips[i], row);
             }
         }
-        s = next;
+        for (int64_t i = 0; i < n; i++) {
+            scales[i] = find_scales(b, &room, &columns[i], &strips[i]);
+        }
+        for (int64_t piece = 0; piece < strips->pieces; piece++) {
+            for (int64_t i = 0; i < n; i++) {
+                apply_scales(b, &f, &room, &strips[i], piece, &scales[i], columns[i].fours);
+            }
+        }
+        across += n;
+        if (across == b->strips_across) {
+            across = 0;
+            down = down + 1 < b->strips_down ? down + 1 : 0;
+            matrix += down == 0;
+        }
     }
 }
