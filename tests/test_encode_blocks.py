@@ -130,6 +130,13 @@ def test_threads(block):
         assert_same_bits(got, want)
 
 
+def test_a_long_row():
+    """Of more elements than there is room for a scale of each."""
+    args = arguments(samples((2, 100_000)), resolve("E4M3"), (1, -1), *NEAREST)
+    for got, want in zip(ag.encode_blocks(*args), aten.KERNELS["encode_blocks"](*args), strict=True):
+        assert_same_bits(got, want)
+
+
 @pytest.mark.skipif(cpu.backend() == "aten", reason="needs the C kernels")
 @pytest.mark.parametrize("options", [MXFP4, MXFP6_E3M2, MXFP8_E4M3, NVFP4], ids=["MXFP4", "MXFP6", "MXFP8", "NVFP4"])
 def test_one_pass(options, monkeypatch):

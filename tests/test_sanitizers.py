@@ -19,7 +19,7 @@ TARGETS = ["avx512", "avx2", "baseline"]
 STRIPS = [(1, 32), (32, 1), (1, -1), (128, 128)]
 RUN = {
     "test_cpu.py": ["sizes_and_guards", "one_special_among_many", "16_bit_conversions", "amax", "random_layouts"],
-    "test_encode_blocks.py": ["blocks", "random_bits", "threads"],
+    "test_encode_blocks.py": ["blocks", "random_bits", "threads", "a_long_row"],
     "test_hadamard.py": ["c_kernel"],
     "test_matmul.py": ["targets", "scales_of_blocks_in_exact_rationals"],
     "test_packing.py": ["packing_of_every_instruction_set"],

@@ -336,11 +336,12 @@ static struct scales find_scales(const struct blocks *b, struct room *r, struct 
     if (found.shared == 0 || width == found.shared) {
         return found;
     }
-    /* What is behind a smaller last block has room too: whole blocks are CHUNK columns at most. */
-    spread_scales(c->divisor, count, width / found.shared, c->divisors);
+    /* What is behind a smaller last block has room too: whole blocks, and pieces of longer ones, are CHUNK columns. */
+    const int64_t times = (s->is_long ? s->n : width) / found.shared;
+    spread_scales(c->divisor, count, times, c->divisors);
     found.divisors = found.multipliers = c->divisors;
     if (b->level != NULL && !b->with_tensor_scale) {
-        spread_scales(c->multiplier, count, width / found.shared, c->multipliers);
+        spread_scales(c->multiplier, count, times, c->multipliers);
         found.multipliers = c->multipliers;
     }
     return found;
