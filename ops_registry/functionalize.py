@@ -29,15 +29,13 @@ _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 def stays_opaque(name: str, x: Tensor, *args: Any) -> bool:
     """Whether compiled code calls the operator, whose kernel is better than what Inductor makes of the formula.
 
-    On a GPU that reads x twice and, for blocks along columns, in an order that memory is slow in; for the largest of a
-    whole tensor of 16 bits it reads a third as fast. On a CPU it takes as long, and a step of training three times as
-    long to compile; there quantize_blocks stays open, so that a compiled program needs no altgrad. amax is one of them
-    behind a Hadamard transform.
+    On a GPU that reads x twice and, for blocks along columns, in an order that memory is slow in. On a CPU it takes as
+    long, and a step of training three times as long to compile; there quantize_blocks stays open, so that a compiled
+    program needs no altgrad. amax is one of them behind a Hadamard transform.
     """
     transforms = is_transformed(args)
     if x.is_cuda:
-        is_amax_of_all = name == "amax" and len(args[0]) == x.ndim and x.dtype.itemsize == 2
-        return name in IN_BLOCKS or transforms or is_amax_of_all
+        return name in IN_BLOCKS or transforms
     return (name.startswith("quantize_operand") or transforms) and x.device.type == "cpu" and backend() != "aten"
 
 

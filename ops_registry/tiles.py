@@ -11,6 +11,7 @@ from .hadamard import SIZE
 Size = tuple[int, ...]
 
 CHUNK = 1024  # elements that a C kernel takes at a time, as in csrc/kernels.c
+SHARED, LEAST_SPAN = 64, 256  # of tall blocks: strips that threads share, as far as these have so many columns
 TILE = 4096  # elements of a program, where its blocks are not larger
 PER_WARP = 1024  # elements of 32 threads
 # Of a program of columns: elements, columns, and elements of 32 threads, which have two columns each.
@@ -194,8 +195,11 @@ def strips_of(shape: Size, strides: Size, block: Size) -> Strips | None:
     m = matrices_of(shape, strides, block, True)
     if m is None or (m.width > CHUNK and m.height > 1):
         return None
-    span = max(m.width, CHUNK // m.width * m.width)
-    down, across = -(-m.rows // m.height), -(-m.columns // span)
+    most, down = CHUNK, -(-m.rows // m.height)
+    while m.height > 1 and most > LEAST_SPAN and m.stack * down * -(-m.columns // most) < SHARED:
+        most //= 2
+    span = max(m.width, most // m.width * m.width)
+    across = -(-m.columns // span)
     number = m.stack * down * across if math.prod(shape) else 0
     integers = m.rows, m.columns, m.height, m.width, span, down, across, *m.steps
     return Strips(number, integers, m.steps[2] == 1 or m.has_fours_down)

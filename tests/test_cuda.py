@@ -430,6 +430,8 @@ def test_compiled(rounding, scale):
 @pytest.mark.parametrize("shape", [(1,), (5,), (70, 33), (3, 50, 20), (2, 3, 4, 4100), (0, 4), (1 << 20,)], ids=str)
 def test_the_largest_of_a_tensor(shape, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    _, launch = cuda.amax(x.cuda(), list(range(x.ndim)))
+    assert (launch is not None) == (dtype != torch.float64 and x.numel() > 0)
     cases = [x, x.mT if x.ndim > 1 else x, x[..., ::2], x * 0, -x.abs()]
     for special in (torch.inf, -torch.inf, torch.nan, -torch.nan):
         cases.append(x.clone())

@@ -243,7 +243,7 @@ def test_empty(recipe, shape, k, n):
     assert not got["dx"].any() or n
 
 
-def test_what_is_kept_for_the_backward_pass():
+def test_what_is_kept_for_the_backward_pass(monkeypatch):
     """Per tensor: the rounded operands, once, a byte for each value; else x and w themselves, no copy."""
     x, w = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
     saved = []
@@ -266,6 +266,9 @@ def test_what_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         linear(x, w.detach(), None, "mxfp8")
     assert [t.data_ptr() for t in saved] == [w.data_ptr()]
+    monkeypatch.setattr(products, "stored", lambda *args: pytest.fail("kept without a backward pass"))
+    with torch.no_grad():
+        linear(x, w, None, "fp8_current")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -61,7 +61,9 @@ def stored(operand: Operand, rule: Rule | None) -> Operand:
     Triton casts to it from compute capability 8.9 on. (Infinite values of E5M2 it makes finite.)
     """
     x = operand.values
-    has_cast = not (x.is_cuda and torch.compiler.is_compiling()) or torch.cuda.get_device_capability(x.device) >= (8, 9)
+    has_cast = x.device.type in ("cpu", "cuda")
+    if x.is_cuda and torch.compiler.is_compiling():
+        has_cast = torch.cuda.get_device_capability(x.device) >= (8, 9)
     if rule is None or not rule.is_e4m3_alone or not has_cast:
         return operand
     return operand._replace(values=x.to(torch.float8_e4m3fn))
@@ -108,7 +110,6 @@ def quantize_operand(
     if rule is None or rule.format is None:
         return Operand(transformed(x) if transform else x)
     in_blocks = is_of_blocks(rule) and not is_apart
-    before = x
     if (
         torch.compiler.is_compiling()
         and x.dtype == torch.bfloat16
@@ -126,9 +127,7 @@ def quantize_operand(
     view, dims = blocked(x, block)
     if bits is not None and view.numel() != x.numel():
         bits, _ = blocked(random_bits(bits, x.shape), block)
-    # What an operator reads lies in memory, rounded to its dtype.
-    is_read = rule.per == "tensor" and rule.method == "amax" and not transform and stays_opaque("amax", before, dims)
-    scales = find_scales(before if is_read else view, tuple(dims), rule, f, state)
+    scales = find_scales(view, tuple(dims), rule, f, state)
     if is_apart:
         values = unblocked(projected(view, scales.divisor, f, rule, dtype, bits), x, block)
         return apart(values, scales, view, x, rule)

@@ -1,8 +1,8 @@
 /* quantize_operand and encode_blocks in float32: strips of blocks, whose elements are read to find the scales and, out
- * of the cache, read again to be divided. The numbers of scales.py and tiles.py.
+ * of a cache, read again to be divided. The numbers of scales.py and tiles.py.
  */
 
-enum { BAND = 8 }; /* strips beside each other */
+enum { BAND = 8 }; /* strips beside each other that are read together; their columns lie on the stack */
 
 /* Of the columns of a strip: the largest magnitudes so far, scales, and random words of four rows. */
 struct columns {
@@ -14,7 +14,7 @@ struct columns {
     } most;
 };
 
-/* What a strip needs in the first-level cache; ones are scales of 1. */
+/* What a piece needs in the first-level cache; ones are scales of 1. */
 struct room {
     _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK], amax[CHUNK];
     uint32_t random[PHILOX_ROOM];
