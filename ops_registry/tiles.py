@@ -11,7 +11,7 @@ from .hadamard import SIZE
 Size = tuple[int, ...]
 
 CHUNK = 1024  # elements that a C kernel takes at a time, as in csrc/kernels.c
-SHARED, LEAST_SPAN = 64, 256  # of tall blocks: strips that threads share, as far as these have so many columns
+SHARED, LEAST_SPAN = 64, 256  # strips of tall blocks that threads share, but for narrower ones than so many columns
 TILE = 4096  # elements of a program, where its blocks are not larger
 PER_WARP = 1024  # elements of 32 threads
 # Of a program of columns: elements, columns, and elements of 32 threads, which have two columns each.

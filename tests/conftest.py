@@ -66,8 +66,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Of several processes none should be left with one of these alone: they come first, the longest at the front.
 LONG = [
     *("opcheck", "distributed", "compile", "sanitizers", "interpreter", "onnx", "rounding", "simulation_compile"),
-    "deploy",
-    *("scaling", "cpu", "wide_formats", "transforms", "cache", "export", "encode_blocks", "blocks"),
+    *("deploy", "scaling", "cpu", "wide_formats", "transforms", "cache", "export", "encode_blocks", "blocks"),
     *("quantize_operands", "simulation_products", "quantize_blocks", "numerics"),
 ]
 

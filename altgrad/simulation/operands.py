@@ -56,17 +56,18 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def stored(operand: Operand, rule: Rule | None) -> Operand:
-    """The operand as it is kept for a backward pass: values of E4M3 in a byte each, whose cast loses nothing.
+    """The operand as it is kept for a backward pass: values of E4M3 in a byte each, where all scales are outside them.
 
-    Triton casts to it from compute capability 8.9 on. (Infinite values of E5M2 it makes finite.)
+    The cast loses nothing. Triton has it from compute capability 8.9 on. (Infinite values of E5M2 it makes finite.)
     """
+    plain = "E4M3", "tensor", None, None
+    if rule is None or (rule.format, rule.per, rule.power_of_two, rule.scale_format) != plain:
+        return operand
     x = operand.values
     has_cast = x.device.type in ("cpu", "cuda")
     if x.is_cuda and torch.compiler.is_compiling():
         has_cast = torch.cuda.get_device_capability(x.device) >= (8, 9)
-    if rule is None or not rule.is_e4m3_alone or not has_cast:
-        return operand
-    return operand._replace(values=x.to(torch.float8_e4m3fn))
+    return operand._replace(values=x.to(torch.float8_e4m3fn)) if has_cast else operand
 
 
 def restored(operand: Operand, rule: Rule | None, dtype: torch.dtype) -> Operand:

@@ -124,9 +124,8 @@ def gradients_of(
     state = ProductState(seeds, scales, ctx.amax)
     outputs = iter(kept)
     of_forward = recipe.accumulators[0]
-    kept_rules = recipe.forward.left, recipe.forward.right
-    left = read_operand(kept_rules[0], outputs, of_forward, grad.dtype) if keeps_left(recipe) else None
-    right = read_operand(kept_rules[1], outputs, of_forward, grad.dtype) if keeps_right(recipe) else None
+    left = read_operand(recipe.forward.left, outputs, of_forward, grad.dtype) if keeps_left(recipe) else None
+    right = read_operand(recipe.forward.right, outputs, of_forward, grad.dtype) if keeps_right(recipe) else None
     of_a = of_b = first = second = None
     if all(ctx.needs_input_grad[:2]):
         first, second = both_operands(grad, recipe, state)

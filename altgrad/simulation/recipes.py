@@ -137,11 +137,6 @@ class Rule(_Data):
         constant = self.per in ("tensor", "row") and (self.power_of_two is None or accumulator is not None)
         return constant or self.scale_format is not None
 
-    @property
-    def is_e4m3_alone(self) -> bool:
-        """Whether an operand is values of E4M3, and all scales are outside it."""
-        return (self.format, self.per, self.power_of_two, self.scale_format) == ("E4M3", "tensor", None, None)
-
     def suits(self, accumulator: Accumulator) -> bool:
         """Whether its scales are those that the accumulator takes."""
         if accumulator.scaled is None or isinstance(self.per, str):

@@ -260,16 +260,17 @@ static struct strip strip_of(const struct blocks *b, int64_t matrix, int64_t dow
     const int64_t row = down * b->height, rows = b->rows - row;
     const int64_t column = across * b->span, columns = b->columns - column;
     const int64_t n = columns < b->span ? columns : b->span, pieces = (n + CHUNK - 1) / CHUNK;
-    const int64_t blocks_across = b->scales == NULL ? 0 : (b->columns + b->width - 1) / b->width;
     struct strip s = {.at = (matrix * b->rows + row) * b->columns + column,
                       .index = matrix * b->steps[0] + row * b->steps[1] + column * b->steps[2],
-                      .first =
-                          b->scales == NULL ? 0 : (matrix * b->strips_down + down) * blocks_across + column / b->width,
                       .pieces = rows < b->height ? rows : b->height,
                       .n = n,
                       .last = n,
                       .step = b->columns,
                       .index_step = b->steps[1]};
+    if (b->scales != NULL) { /* divisions take as long as many elements */
+        const int64_t blocks_across = (b->columns + b->width - 1) / b->width;
+        s.first = (matrix * b->strips_down + down) * blocks_across + column / b->width;
+    }
     if (pieces > 1) {
         s.is_long = 1;
         s.pieces = pieces;
