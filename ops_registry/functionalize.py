@@ -5,6 +5,7 @@ AOTAutograd backend, is in place whatever was compiled before, and imports nothi
 table beside it is what ``torch.onnx.export`` and DTensor read; it does not change what compile and export do.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,17 @@ def stays_opaque(name: str, x: Tensor, *args: Any) -> bool:
     return (name.startswith("quantize_operand") or transforms) and x.device.type == "cpu" and backend() != "aten"
 
 
+def _is_largest_of_all(name: str, x: Tensor, *args: Any) -> bool:
+    """Whether it is the largest of a whole tensor of 16 bits on a GPU: Inductor takes up to three times as long.
+
+    Packages of AOTInductor go without the kernel: they run where there is no altgrad.
+    """
+    if name != "amax" or not x.is_cuda or len(args[0]) != x.ndim or x.dtype.itemsize != 2:
+        return False
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is None or not virtualized.V.aot_compilation
+
+
 @contextmanager
 def _in_its_pass() -> Iterator[None]:
     """Keeps what the backward pass of a Function calls in the backward pass.
@@ -61,7 +73,7 @@ def _in_its_pass() -> Iterator[None]:
 def _inlined(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_export = not config.decompose_custom_triton_ops
-        if is_export or stays_opaque(name, *args):
+        if is_export or stays_opaque(name, *args) or _is_largest_of_all(name, *args):
             with _in_its_pass():
                 return mode.__torch_dispatch__(op, types, args, kwargs)
         if not all(t is Tensor or issubclass(t, _TRANSPARENT_TYPES) for t in types):

@@ -11,7 +11,7 @@ import torch
 from conftest import assert_same_bits
 from torch import nn
 
-from altgrad.quantization import decode, encode, quantize
+from altgrad.quantization import compute_scale, decode, encode, quantize
 
 pytestmark = pytest.mark.compiles
 
@@ -57,6 +57,21 @@ def test_aotinductor_from_cpp(run_package, device, tmp_path):
         got = torch.tensor([[float.fromhex(number) for number in line.split()] for line in output.splitlines()])
         x = torch.arange(rows * 16, dtype=torch.float32).view(rows, 16).div(7).sub(20)
         assert_same_bits(got, model(x.to(device)))
+
+
+@pytest.mark.gpu
+def test_a_package_makes_scales_in_bfloat16_without_altgrad(tmp_path):
+    """Where torch.compile calls the kernel for the largest of a tensor."""
+
+    class Quantizes(torch.nn.Module):
+        def forward(self, x):
+            return quantize(x, "E4M3", compute_scale(x, "E4M3"))
+
+    x, package = torch.randn(64, 96, dtype=torch.bfloat16, device="cuda"), tmp_path / "model.pt2"
+    exported = torch.export.export(Quantizes(), (x,))
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+    assert b"altgrad::" not in package.read_bytes()
+    assert_same_bits(torch._inductor.aoti_load_package(str(package))(x), Quantizes()(x))
 
 
 SNIPPETS = re.findall(r"^## (.*?)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)

@@ -247,3 +247,26 @@ def test_cuda_graphs_have_the_bits_of_compiled_code(recipe):
     replayed = run(recipe, lambda model: compile_blocks(model, mode="reduce-overhead"), steps=4, device="cuda")
     torch._dynamo.reset()
     assert_same(replayed, run(recipe, compile_blocks, steps=4, device="cuda"))
+
+
+@pytest.mark.compiles
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", SEVERAL)
+def test_bfloat16_on_a_gpu_is_eager(recipe):
+    """What the second layer takes is not rounded by Inductor, in the forward pass and where it is made again."""
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 1024, bias=False), nn.Linear(1024, 64, bias=False)]
+        model = nn.Sequential(layers[0], nn.ReLU(), layers[1]).to("cuda", torch.bfloat16)
+        simulation = simulate(model, recipe, seed=1)
+        if compiles:
+            model.compile(fullgraph=True)
+        seen = []
+        for _ in range(2):
+            x, dy = (torch.randn(128, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            y = model(x.requires_grad_())
+            seen += [y.detach(), *torch.autograd.grad(y, (x, *model.parameters()), dy)]
+            simulation.step()
+        results.append(seen)
+    assert_same(*results)

@@ -244,7 +244,7 @@ def test_empty(recipe, shape, k, n):
 
 
 def test_what_is_kept_for_the_backward_pass(monkeypatch):
-    """Per tensor: the rounded operands, once, a byte for each value; else x and w themselves, no copy."""
+    """Per tensor: the rounded operands, once, in bytes for wide products; else x and w themselves, no copy."""
     x, w = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
     saved = []
 
@@ -258,9 +258,12 @@ def test_what_is_kept_for_the_backward_pass(monkeypatch):
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         linear(x.bfloat16(), w.bfloat16(), None, "fp8_current")
-    assert sorted((tuple(t.shape), t.dtype) for t in saved if t.ndim) == [
+        linear(x.bfloat16(), w.bfloat16().repeat(64, 1), None, "fp8_current")
+    assert [(tuple(t.shape), t.dtype) for t in saved if t.ndim] == [
+        ((64, 32), torch.bfloat16),
         ((16, 32), torch.float8_e4m3fn),
         ((64, 32), torch.float8_e4m3fn),
+        ((1024, 32), torch.float8_e4m3fn),
     ]
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

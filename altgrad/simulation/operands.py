@@ -111,6 +111,7 @@ def quantize_operand(
     if rule is None or rule.format is None:
         return Operand(transformed(x) if transform else x)
     in_blocks = is_of_blocks(rule) and not is_apart
+    in_memory = x
     if (
         torch.compiler.is_compiling()
         and x.dtype == torch.bfloat16
@@ -128,7 +129,8 @@ def quantize_operand(
     view, dims = blocked(x, block)
     if bits is not None and view.numel() != x.numel():
         bits, _ = blocked(random_bits(bits, x.shape), block)
-    scales = find_scales(view, tuple(dims), rule, f, state)
+    source = in_memory if rule.per == "tensor" and not transform else view
+    scales = find_scales(view, source, tuple(dims), rule, f, state)
     if is_apart:
         values = unblocked(projected(view, scales.divisor, f, rule, dtype, bits), x, block)
         return apart(values, scales, view, x, rule)
@@ -236,17 +238,18 @@ def block_of(rule: Rule, x: Tensor) -> list[int]:
     return [*[1] * (x.ndim - 2), *((1, -1) if rule.per == "row" else rule.block)]
 
 
-def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, state: State) -> Scales:
-    """The scales of a view in blocks; as :func:`altgrad.quantization.compute_scale` finds them."""
+def find_scales(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, state: State) -> Scales:
+    """The scales of a view in blocks of x, with the amax of x; as :func:`altgrad.quantization.compute_scale`."""
     if rule.scale is not None:
         fixed = torch.full((), rule.scale, device=view.device)
         return Scales(fixed, None, None if rule.scale == 1 else fixed)
     if rule.history:
         if state.amax is not None:
-            state.amax.copy_(torch.maximum(state.amax, whole(amax(view, dims)).reshape(())))
+            state.amax.copy_(torch.maximum(state.amax, whole(rounded_amax(x, dims)).reshape(())))
         assert state.scale is not None
         return Scales(state.scale, None, state.scale)
-    statistic = percentile(view, dims, rule.fraction) if rule.method == "percentile" else amax(view, dims)
+    is_percentile = rule.method == "percentile"
+    statistic = percentile(view, dims, rule.fraction) if is_percentile else rounded_amax(x, dims)
     if rule.headroom != 1:
         statistic = statistic * rule.headroom
     if rule.scale_format is not None:
@@ -262,6 +265,16 @@ def find_scales(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, s
     if rule.per == "tensor":
         return Scales(divisor.reshape(()), None, divisor.reshape(()))
     return Scales(divisor, None, divisor) if rule.per == "row" else Scales(divisor, divisor, None)
+
+
+def rounded_amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """amax of x in its dtype, which a compiler may leave out: the largest, rounded, is the largest of x rounded.
+
+    Of x itself, not of what :func:`rounded_to_bfloat16` makes of it, a kernel may find it in memory.
+    """
+    largest = amax(x, dims)
+    is_short = torch.compiler.is_compiling() and x.dtype == torch.bfloat16
+    return rounded_to_bfloat16(largest) if is_short else largest
 
 
 def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:

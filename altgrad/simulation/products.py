@@ -64,7 +64,7 @@ class _Product(torch.autograd.Function):
         right = quantize_operand(b, rules.right, rules.hadamard, state.of(1), is_apart=is_apart)
         y = multiply(left, right, rules, a.dtype, bias, recipe.accumulators[0])
         # What is saved must be an input or an output.
-        kept = [stored(left, rules.left)] if has_backward and keeps_left(recipe) else []
+        kept = [stored(left, rules.left) if is_wide(b) else left] if has_backward and keeps_left(recipe) else []
         kept += [stored(right, rules.right)] if has_backward and keeps_right(recipe) else []
         return y, *(t for operand in kept for t in operand if t is not None)
 
@@ -158,6 +158,14 @@ def both_operands(grad: Tensor, recipe: Recipe, state: ProductState) -> tuple[Op
 
 def keeps_left(recipe: Recipe) -> bool:
     return serves_again(recipe, recipe.forward.left, 2)
+
+
+def is_wide(b: Tensor) -> bool:
+    """Whether products with b [..., N, K] take so long that the other operand is kept in bytes.
+
+    Writing and restoring them takes as long as half of a product with N = 768 (an H200: 4 TB/s, 800 Tflop/s).
+    """
+    return type(b.shape[-2]) is not int or b.shape[-2] >= 1024
 
 
 def keeps_right(recipe: Recipe) -> bool:
