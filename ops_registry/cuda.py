@@ -51,7 +51,7 @@ GROUPS, CODES = 512, 8  # of codes that are whole bytes: groups of a program, an
 ROWS, COLUMNS = 16, 512  # of a block with a scale per column, which takes the registers that it needs
 SCALES = 512  # of a program
 # Of a program whose tile is one large block of several rows, by the bytes of a number; measured in E4M3.
-LARGE_BLOCKS: dict[int, dict[str, Any]] = {4: {"num_warps": 4}, 2: {"num_warps": 16, "maxnreg": 48}}
+LARGE_BLOCKS: dict[int, dict[str, Any]] = {4: {"num_warps": 4}, 2: {"num_warps": 8, "maxnreg": 80}}
 
 _NARROW = 2**30  # elements; with more, offsets are of 64 bits
 _NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS

@@ -136,7 +136,8 @@ def tile_of(rows, columns, tiles_down, tiles_across, tile: tl.constexpr):
 
 @triton.jit
 def hadamard(x, tile: tl.constexpr):
-    """The transform of hadamard.py in groups of 16 down columns of blocks, or along their rows."""
+    """The transform of hadamard.py in float32, in groups of 16 down columns of blocks, or along their rows."""
+    x = x.to(tl.float32)
     groups: tl.constexpr = tile.high * tile.height_room * tile.wide * tile.width_room // 16
     if tile.height > 1:
         x = tl.permute(x, (0, 2, 3, 1))
@@ -165,10 +166,9 @@ def place_tile(matrix, rows, columns, down, across, tile: tl.constexpr):
 
 @triton.jit
 def load_tile(x_ptr, matrix, rows, columns, down, across, tile: tl.constexpr):
-    """The numbers of a tile of blocks in float32, 0 where none exist."""
+    """The numbers of a tile of blocks, 0 where none exist."""
     i, _, _, exists = place_tile(matrix, rows, columns, down, across, tile)
-    x = tl.load(x_ptr + i) if tile.is_full else tl.load(x_ptr + i, exists, 0.0)
-    return x.to(tl.float32)
+    return tl.load(x_ptr + i) if tile.is_full else tl.load(x_ptr + i, exists, 0.0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -179,8 +179,7 @@ def largest_kernel(
     """The largest magnitude, behind the Hadamard transform where it transforms; out was 0."""
     matrix, rows, columns, down, across = tile_of(rows, columns, tiles_down, tiles_across, tile)
     x = load_tile(x_ptr, matrix, rows, columns, down, across, tile)
-    if transforms:
-        x = hadamard(x, tile)
+    x = hadamard(x, tile) if transforms else x.to(tl.float32)
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as magnitudes, NaN behind infinity
     largest = tl.max(bits.reshape(tile.high * tile.height_room * tile.wide * tile.width_room), axis=0)
     # Most programs find a larger one there, or one that was, and leave it.
@@ -205,9 +204,13 @@ def project_tile(
             first = matrix * step_out.to(index)
             first += down * tile.high * tile.height if tile.has_fours_down else row * step_down.to(index)
             random = random_words(random_ptr, first, across * tile.wide, column, step_across.to(index), tile)
-    # Magnitudes are ordered as their bits are, NaN behind infinity.
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    amax = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+    # Magnitudes are ordered as their bits are, NaN behind infinity. Numbers of 16 bits wait for their scales as they
+    # are, two in a register.
+    is_short: tl.constexpr = x.dtype.primitive_bitwidth == 16
+    bits = x.to(tl.int16, bitcast=True) & 0x7FFF if is_short else x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(tl.max(bits, axis=3, keep_dims=True), axis=1, keep_dims=True)
+    amax = largest.to(tl.int16 if is_short else tl.int32).to(x.dtype, bitcast=True).to(tl.float32)
+    x = x.to(tl.float32)
     if scaling.headroom != 1:
         amax = amax * scaling.headroom
     max_value: tl.constexpr = format.max_representable_value
