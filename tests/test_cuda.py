@@ -443,6 +443,20 @@ def test_the_largest_of_a_tensor(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_largest_of_a_tensor_in_compiled_code(dtype):
+    """The kernel finds that of 16 bits, as eager code has them; of float32 it is fused."""
+    from torch._inductor.utils import run_and_get_code
+
+    f = lambda x: altgrad.amax(x * 0.3, [0, 1])  # noqa: E731
+    x = torch.randn(70, 33, device="cuda", dtype=dtype)
+    got, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), x)
+    assert_same_bits(got, f(x))
+    assert ("altgrad.amax" in code) == (dtype != torch.float32)
+
+
+@pytest.mark.gpu
 def test_nothing_synchronizes():
     x, codes = torch.randn(64, 64, device="cuda"), torch.zeros(64, 64, dtype=torch.uint8, device="cuda")
     scales = torch.tensor(0.5, device="cuda"), torch.rand(64, 1, device="cuda"), torch.tensor(0.5)
