@@ -156,16 +156,16 @@ def both_operands(grad: Tensor, recipe: Recipe, state: ProductState) -> tuple[Op
     return quantize_both(grad, rule, transform)
 
 
-def keeps_left(recipe: Recipe) -> bool:
-    return serves_again(recipe, recipe.forward.left, 2)
-
-
 def is_wide(b: Tensor) -> bool:
     """Whether products with b [..., N, K] take so long that the other operand is kept in bytes.
 
     Writing and restoring them takes as long as half of a product with N = 768 (an H200: 4 TB/s, 800 Tflop/s).
     """
     return type(b.shape[-2]) is not int or b.shape[-2] >= 1024
+
+
+def keeps_left(recipe: Recipe) -> bool:
+    return serves_again(recipe, recipe.forward.left, 2)
 
 
 def keeps_right(recipe: Recipe) -> bool:
