@@ -1,11 +1,11 @@
-"""How compilers see through an operator: torch.compile inlines and fuses its aten formula, torch.export keeps the node.
+"""How compilers see through an operator: torch.compile inlines and fuses its aten formula, but for those whose kernel is
+faster; torch.export keeps the node.
 
 The rule runs where that of ``torch.library.triton_op`` runs and obeys the same switch; it therefore serves every
 AOTAutograd backend, is in place whatever was compiled before, and imports nothing of Inductor. The global decomposition
 table beside it is what ``torch.onnx.export`` and DTensor read; it does not change what compile and export do.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,25 +30,16 @@ _TRANSPARENT_TYPES = (FakeTensor, FunctionalTensor)
 def stays_opaque(name: str, x: Tensor, *args: Any) -> bool:
     """Whether compiled code calls the operator, whose kernel is better than what Inductor makes of the formula.
 
-    On a GPU that reads x twice and, for blocks along columns, in an order that memory is slow in. On a CPU it takes as
-    long, and a step of training three times as long to compile; there quantize_blocks stays open, so that a compiled
-    program needs no altgrad. amax is one of them behind a Hadamard transform.
+    On a GPU that reads x twice and, for blocks along columns, in an order that memory is slow in; for the largest of a
+    whole tensor of 16 bits it takes up to three times as long, but exported programs need no altgrad where they are
+    opened. On a CPU it takes as long, and a step of training three times as long to compile; there quantize_blocks
+    stays open, so that a compiled program needs no altgrad. amax is one of them behind a Hadamard transform.
     """
     transforms = is_transformed(args)
     if x.is_cuda:
-        return name in IN_BLOCKS or transforms
+        is_largest = name == "amax" and len(args[0]) == x.ndim and x.dtype.itemsize == 2
+        return name in IN_BLOCKS or transforms or (is_largest and not torch.compiler.is_exporting())
     return (name.startswith("quantize_operand") or transforms) and x.device.type == "cpu" and backend() != "aten"
-
-
-def _is_largest_of_all(name: str, x: Tensor, *args: Any) -> bool:
-    """Whether it is the largest of a whole tensor of 16 bits on a GPU: Inductor takes up to three times as long.
-
-    Packages of AOTInductor go without the kernel: they run where there is no altgrad.
-    """
-    if name != "amax" or not x.is_cuda or len(args[0]) != x.ndim or x.dtype.itemsize != 2:
-        return False
-    virtualized = sys.modules.get("torch._inductor.virtualized")
-    return virtualized is None or not virtualized.V.aot_compilation
 
 
 @contextmanager
@@ -73,7 +64,7 @@ def _in_its_pass() -> Iterator[None]:
 def _inlined(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Any]:
     def rule(mode: Any, op: Any, types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_export = not config.decompose_custom_triton_ops
-        if is_export or stays_opaque(name, *args) or _is_largest_of_all(name, *args):
+        if is_export or stays_opaque(name, *args):
             with _in_its_pass():
                 return mode.__torch_dispatch__(op, types, args, kwargs)
         if not all(t is Tensor or issubclass(t, _TRANSPARENT_TYPES) for t in types):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from altgrad.quantization import E4M3, E5M2, decode, dequantize, encode, quantize
 
@@ -62,6 +63,20 @@ def test_every_operator_is_a_node(strict):
 def test_the_node_opens_on_request():
     program = torch.export.export(Model(), (torch.randn(5, 8),))
     assert altgrad_nodes(program.run_decompositions(decompose_custom_triton_ops=True)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_largest_of_a_tensor_on_a_gpu_opens_too(dtype):
+    """Where compiled code calls its kernel for 16 bits."""
+
+    class Largest(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.altgrad.amax(x, [0, 1])
+
+    with FakeTensorMode():
+        program = torch.export.export(Largest(), (torch.empty(5, 8, dtype=dtype, device="cuda"),))
+        assert altgrad_nodes(program) == ["altgrad.amax.default"]
+        assert altgrad_nodes(program.run_decompositions(decompose_custom_triton_ops=True)) == []
 
 
 def test_exported_module_trains():

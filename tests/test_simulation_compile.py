@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from altgrad.simulation import RECIPES, disabled, linear, simulate
+from altgrad.simulation import RECIPES, attention, disabled, linear, simulate
 from ops_registry.cpu import backend
 
 SEVERAL = ["fp8_current", "fp8_delayed", "mxfp8", "nvfp4"]
@@ -209,6 +209,18 @@ def test_export_keeps_nodes(recipe):
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert sum(name.startswith(("altgrad.quantize", "altgrad.project")) for name in names) >= 8
     assert torch.equal(program.module()(x), model(x))
+
+
+def test_export_keeps_a_dynamic_range():
+    """Whether an operand of 16 bits is kept in bytes depends on a size, but not on a dynamic one."""
+
+    class Attends(nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v, "fp8_current")
+
+    inputs, size = tuple(torch.randn(3, 2, 4, 8, 16).half()), torch.export.Dim("size", min=2, max=8192)
+    program = torch.export.export(Attends(), inputs, dynamic_shapes=({2: size},) * 3, strict=True)
+    assert torch.equal(program.module()(*inputs), Attends()(*inputs))
 
 
 def test_autocast_compiled_is_eager():

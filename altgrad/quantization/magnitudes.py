@@ -22,7 +22,7 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     kept = [dim for dim in range(x.ndim) if dim not in dims]
     x = with_whole_blocks(x, [size if dim in dims else 1 for dim, size in enumerate(x.shape)])
     rows = x.permute(*kept, *dims).flatten(len(kept))
-    if _is_static(rows.shape[-1]) and rows.shape[-1] == 0:
+    if is_static(rows.shape[-1]) and rows.shape[-1] == 0:
         return amax(x, dims)
     lower, upper, weight, most = order_statistics(rows, fraction)
     result = torch.where(weight < 0.5, lower + (upper - lower) * weight, upper - (upper - lower) * (1 - weight))
@@ -34,7 +34,7 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
 def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The |x| of the last dimension around fraction of their order, the upper one's weight, and the largest."""
     n = rows.shape[-1]
-    if not _is_static(n):  # then all of the arithmetic is on tensors
+    if not is_static(n):  # then all of the arithmetic is on tensors
         places = (torch.full((), n, dtype=torch.float64, device=rows.device) - 1) * fraction
         below = places.long()
         ordered = rows.abs().sort(-1).values.double()
@@ -47,7 +47,7 @@ def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Ten
     return low[..., 0], low[..., -1], low.new_full((), position - math.floor(position)), top.amax(-1)
 
 
-def _is_static(size: int) -> bool:
+def is_static(size: int) -> bool:
     """Whether a size is a number, not a symbol of a compiler for any number."""
     return not torch.compiler.is_compiling() or torch.fx.experimental.symbolic_shapes.has_static_value(size)
 

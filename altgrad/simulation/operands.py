@@ -177,7 +177,8 @@ def tensor_scale_of(x: Tensor, rule: Rule, f: FP8Format, transforms: bool) -> Te
     """The scale of the whole tensor above scales of blocks that have a format of their own."""
     if rule.scale_format is None:
         return None
-    largest = torch.ops.altgrad.amax(x, list(range(x.ndim)), transforms)
+    dims = tuple(range(x.ndim))
+    largest = torch.ops.altgrad.amax(x, dims, True) if transforms else rounded_amax(x, dims)
     largest = largest if rule.headroom == 1 else largest * rule.headroom
     top = f.max_representable_value * resolve(rule.scale_format).max_representable_value
     return torch.ops.altgrad.as_scale(largest, top).reshape(())

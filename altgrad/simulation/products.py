@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..quantization.magnitudes import is_static
 from .operands import (
     Operand,
     State,
@@ -64,7 +65,9 @@ class _Product(torch.autograd.Function):
         right = quantize_operand(b, rules.right, rules.hadamard, state.of(1), is_apart=is_apart)
         y = multiply(left, right, rules, a.dtype, bias, recipe.accumulators[0])
         # What is saved must be an input or an output.
-        kept = [stored(left, rules.left) if is_wide(b) else left] if has_backward and keeps_left(recipe) else []
+        kept = []
+        if has_backward and keeps_left(recipe):
+            kept.append(stored(left, rules.left) if is_worth_bytes(left.values, b) else left)
         kept += [stored(right, rules.right)] if has_backward and keeps_right(recipe) else []
         return y, *(t for operand in kept for t in operand if t is not None)
 
@@ -156,12 +159,13 @@ def both_operands(grad: Tensor, recipe: Recipe, state: ProductState) -> tuple[Op
     return quantize_both(grad, rule, transform)
 
 
-def is_wide(b: Tensor) -> bool:
-    """Whether products with b [..., N, K] take so long that the other operand is kept in bytes.
+def is_worth_bytes(values: Tensor, b: Tensor) -> bool:
+    """Whether values that b [..., N, K] multiplies are kept in bytes, if they can be.
 
-    Writing and restoring them takes as long as half of a product with N = 768 (an H200: 4 TB/s, 800 Tflop/s).
+    Writing and restoring them takes as long as half of a product with N = 768 in 16 bits (an H200: 4 TB/s, 800
+    Tflop/s).
     """
-    return type(b.shape[-2]) is not int or b.shape[-2] >= 1024
+    return values.dtype.itemsize > 2 or not is_static(b.shape[-2]) or b.shape[-2] >= 1024
 
 
 def keeps_left(recipe: Recipe) -> bool:
