@@ -1,5 +1,4 @@
-"""How compilers see through an operator: torch.compile inlines and fuses its aten formula, but for those whose kernel is
-faster; torch.export keeps the node.
+"""How compilers see through an operator: torch.compile inlines and fuses its aten formula, torch.export keeps the node.
 
 The rule runs where that of ``torch.library.triton_op`` runs and obeys the same switch; it therefore serves every
 AOTAutograd backend, is in place whatever was compiled before, and imports nothing of Inductor. The global decomposition
