@@ -269,7 +269,7 @@ def test_cuda_graphs_have_the_bits_of_compiled_code(recipe):
 def test_operands_are_rounded_to_bfloat16(device, recipe):
     """The gradient of the weight has eager's bits, where Inductor rounds neither x * 0.3 nor dy * 0.3 by itself.
 
-    Blocks are found by C on a CPU, in memory, as the test before has it.
+    On a CPU C finds blocks in memory: test_inductor_in_bfloat16_sees_the_operands_of_eager.
     """
     results = []
     for compiles in (False, True):

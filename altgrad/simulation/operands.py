@@ -112,11 +112,7 @@ def quantize_operand(
         return Operand(transformed(x) if transform else x)
     in_blocks = is_of_blocks(rule) and not is_apart
     in_memory = x
-    if (
-        torch.compiler.is_compiling()
-        and x.dtype == torch.bfloat16
-        and not (in_blocks and stays_opaque("quantize_operand", x))
-    ):
+    if may_be_unrounded(x) and not (in_blocks and stays_opaque("quantize_operand", x)):
         x = rounded_to_bfloat16(x)
         # The product is one of float32 numbers there, and Inductor's C++ fails on two blocked operands of 16 bits.
         dtype = torch.float32 if x.device.type == "cpu" else dtype
@@ -207,8 +203,13 @@ def quantize_both(x: Tensor, rule: Rule, transform: int) -> tuple[Operand, Opera
     return Operand(first, outer), Operand(second, of_turned)
 
 
+def may_be_unrounded(x: Tensor) -> bool:
+    """Whether a compiler may leave x out of memory: what it fuses stays in float32, not rounded to bfloat16."""
+    return torch.compiler.is_compiling() and x.dtype == torch.bfloat16
+
+
 def rounded_to_bfloat16(x: Tensor) -> Tensor:
-    """x in float32, rounded there: what a compiler fuses stays in float32, and its rounding to bfloat16 is dropped."""
+    """x in float32, rounded there."""
     x = x.float()
     return torch.where(x.abs() < 2.0**100, split(x, BFLOAT16_BITS), x)  # beyond, the splitting could overflow
 
@@ -274,8 +275,7 @@ def rounded_amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     Of x itself, not of what :func:`rounded_to_bfloat16` makes of it, a kernel may find it in memory.
     """
     largest = amax(x, dims)
-    is_short = torch.compiler.is_compiling() and x.dtype == torch.bfloat16
-    return rounded_to_bfloat16(largest) if is_short else largest
+    return rounded_to_bfloat16(largest) if may_be_unrounded(x) else largest
 
 
 def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:
