@@ -8,8 +8,9 @@ same kernel on the addresses of a later one.
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Call(NamedTuple):
     device: int
     function: int
     grid: tuple[int, ...]
-    sources: tuple[int, ...]
+    sources: Callable[[list[int]], tuple[Any, ...]]  # of the addresses of the operator's tensors and outputs
     with_number: bool
     integers: tuple[int, ...]
     pack_into: Callable[..., None]
@@ -87,9 +88,18 @@ class Driver(threading.local):
 driver = cache(Driver)
 
 
-def traits(tensor: Tensor) -> tuple[Any, ...]:
-    """What a launch depends on in a tensor. Kernels differ by alignment."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() & 15
+def key_of(options: Sequence[Any], tensors: tuple[Tensor | None, ...]) -> tuple[tuple[Any, ...], list[int]]:
+    """What a launch depends on in its tensors, behind its options, and their addresses: kernels differ by alignment."""
+    key, addresses = [*options], []
+    for tensor in tensors:
+        if tensor is None:
+            address = 0
+            key.append(None)
+        else:
+            address = tensor.data_ptr()
+            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), address & 15)
+        addresses.append(address)
+    return tuple(key), addresses
 
 
 def start(launch: Launch) -> Any:
@@ -131,7 +141,7 @@ def call_of(
     if with_number and tensors[1].dtype == torch.float64:  # type: ignore[union-attr]  # float32 may not hold it
         return None
     places = {id(tensor): place for place, tensor in enumerate(theirs)}
-    sources = tuple(places.get(id(tensor), -1) for tensor in launch.tensors[with_number:])
+    sources = [places.get(id(tensor), -1) for tensor in launch.tensors[with_number:]]
     if -1 in sources:  # a copy, in another layout
         return None
     number = "f4x" if with_number else ""
@@ -139,10 +149,11 @@ def call_of(
     grid = launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
     to_make = tuple((tuple(out.shape), out.stride(), out.dtype) for out in outputs)
     integers, of_outputs = (*launch.integers, *_SCRATCH), (to_make, launch.from_zero, outputs[0].get_device())
-    return Call(*of_outputs, compiled.function, grid, sources, with_number, integers, slots.pack_into, compiled)
+    pick = itemgetter(*sources)
+    return Call(*of_outputs, compiled.function, grid, pick, with_number, integers, slots.pack_into, compiled)
 
 
-def again(call: Call, tensors: tuple[Tensor | None, ...]) -> list[Tensor] | None:
+def again(call: Call, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> list[Tensor] | None:
     """The outputs of the call on these tensors; None where the driver did not launch it, and Triton has to."""
     outputs, from_zero, device, function, grid, sources, with_number, integers, pack_into, _ = call
     if device != torch._C._cuda_getDevice():
@@ -151,14 +162,14 @@ def again(call: Call, tensors: tuple[Tensor | None, ...]) -> list[Tensor] | None
     if from_zero:
         for output in made:
             output.zero_()
-    theirs: Any = (*tensors, *made)
-    addresses = [theirs[source].data_ptr() for source in sources]
+    addresses += [output.data_ptr() for output in made]
     if addresses[-1] & 15:
         return None
+    pointers = sources(addresses)
     if with_number:
-        addresses.insert(0, theirs[1].item())
+        pointers = tensors[1].item(), *pointers  # type: ignore[union-attr]
     launch, memory, config, slots = driver().parts
-    pack_into(memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *addresses, *integers)
+    pack_into(memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *pointers, *integers)
     return None if launch(config, function, slots, None) else made
 
 
@@ -175,13 +186,12 @@ def served(
     calls: dict[tuple[Any, ...], Call] = {}
 
     def kernel(*args: Any) -> Any:
-        tensors = args[:count]
-        options = args[count:]
+        tensors, options = args[:count], [*args[count:]]
         if block is not None:
-            options = *options[:block], tuple(options[block]), *options[block + 1 :]
-        key = options, *[tensor if tensor is None else traits(tensor) for tensor in tensors]
+            options[block] = tuple(options[block])
+        key, addresses = key_of(options, tensors)
         call = calls.get(key)
-        if call is not None and (made := again(call, tensors)) is not None:
+        if call is not None and (made := again(call, tensors, addresses)) is not None:
             return made[0] if len(made) == 1 else tuple(made)
         output, launch = describe(*args)
         if launch is None:

@@ -127,6 +127,28 @@ def test_one_scale_of_any_size(kernels, name, rounding):
             assert_same_bits(kernels.quantize(x, scale, name, "propagate", rounding), want, x)
 
 
+@pytest.mark.parametrize("name", ["E4M3", "E5M2", "e5m1b40", "E4M3FNUZ"])
+def test_bfloat16_by_one_scale(kernels, name):
+    """All its numbers by what may change them as their fractions say: one scale, one of each row, one of each block.
+
+    The least scales make subnormal results, the largest ones infinite ones, others infinite quotients.
+    """
+    f, x, one = resolve(name), all_inputs(torch.bfloat16), torch.tensor(1.0)
+    project = aten.project_to if kernels is aten else kernels.project
+    in_order = x[x.isfinite()]
+    finite = in_order[torch.randperm(in_order.numel(), generator=torch.Generator().manual_seed(1))]
+    random_scales = 2.0 ** (torch.rand(6, generator=torch.Generator().manual_seed(2)) * 60 - 30)
+    for i, scale in enumerate(map(torch.tensor, [*SIZES_OF_SCALES, *random_scales.tolist()])):
+        for saturation, numbers in (("propagate", x), (SATURATIONS[i % 3], finite[:-5])):
+            want = reference_quantize(f, numbers, scale, saturation)
+            assert_same_bits(kernels.quantize(numbers, scale, name, saturation), want, numbers)
+        want = reference_quantize(f, finite.float() / scale, one).bfloat16()
+        assert_same_bits(project(finite, scale, name), want, finite)
+    rows = in_order[: 31 * 2050].view(31, 2050)
+    scales = torch.tensor(SIZES_OF_SCALES[:10] * 3 + [1.0]).view(31, 1)
+    assert_same_bits(kernels.quantize(rows, scales, name), reference_quantize(f, rows, scales, "propagate"), rows)
+
+
 @pytest.mark.parametrize("name", ["E0M7", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "E4M3FNUZ"])
 def test_bits_at_the_threshold(kernels, name):
     """The random number that is just enough to round up, and the one below it: x + R quanta / 2^N is a value or its

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ops_registry import launches
-from ops_registry.launches import Launch, again, call_of
+from ops_registry.launches import Launch, call_of, key_of
 
 METADATA = {"num_warps": 4, "num_ctas": 1, "shared": 256, "global_scratch_size": 0}
 
@@ -45,6 +45,11 @@ def driven(monkeypatch):
 
 def compiled(**changes):
     return SimpleNamespace(function=1234, metadata=SimpleNamespace(**METADATA | changes))
+
+
+def again(call, tensors):
+    _, addresses = key_of([], tensors)
+    return launches.again(call, tensors, addresses)
 
 
 def test_arguments(driven):
@@ -120,12 +125,14 @@ def test_the_driver_refuses(driven, monkeypatch):
     assert again(call, (x, scale)) is None
 
 
-def test_traits():
-    x = torch.randn(8, 8)
+def test_keys():
+    x, seed = torch.randn(8, 8), torch.tensor(1)
     others = x.t()[:4], x.double(), x[1:], x.flatten()[1:65].view(1, -1), x.flatten()[:63], x[:, None]
-    different = {launches.traits(other) for other in (x, *others)}
-    assert len(different) == 1 + len(others)
-    assert launches.traits(x) == launches.traits(torch.randn(8, 8))
+    calls = [("E4M3",), (x,)], [("E5M2",), (x,)], [("E4M3", None), (x,)], [("E4M3",), (x, None)], [("E4M3",), (x, seed)]
+    keys = [key_of(*call)[0] for call in (*calls, *[(("E4M3",), (other,)) for other in others])]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == key_of(["E4M3"], (torch.randn(8, 8),))[0]
+    assert key_of((), (x, None, seed))[1] == [x.data_ptr(), 0, seed.data_ptr()]
 
 
 def test_an_operator_is_described_once(driven, monkeypatch):

@@ -148,6 +148,29 @@ def operand(x, tensor_scale, format, saturation, rounding, block, power_of_two, 
     return blocks.unblocked(values.to(dtype), x, block)
 
 
+def check_bfloat16(operator, block, device):
+    """Blocks of many numbers, of like size by fifties; rows with NaN, infinity and the ends of exponents among them."""
+    generator = torch.Generator().manual_seed(3)
+
+    def numbers(rows):
+        sizes = 2.0 ** torch.randint(-18, 1, (rows, 42), generator=generator)
+        return torch.randn(rows, 2100, generator=generator) * sizes.repeat_interleave(50, 1)
+
+    x = torch.cat([numbers(260), samples((40, 2100), seed=4)]).bfloat16()
+    x[100] *= 2.0**120
+    x[101] *= 2.0**-120
+    x[102:104].clamp_(min=0)
+    for name in ("E4M3", "E5M2", "E2M1"):
+        f = resolve(name)
+        got = operator("quantize_blocks")(*on(device, arguments(x, f, block, *NEAREST)))
+        assert_same_bits(got, want(x, f, block, *NEAREST), x)
+    # Without the scale of the tensor, values by the scales of small rows are subnormal.
+    x = (numbers(64) * 2.0 ** -torch.arange(0.0, 32.0, 0.5)[:, None]).bfloat16()
+    args = arguments(x, resolve("e4m3b120"), block, *NEAREST, scale_format="E5M2")
+    got = operator("quantize_operand")(*on(device, (*args, 1.0, torch.bfloat16)))
+    assert_same_bits(got, operand(*args, 1.0, torch.bfloat16), x)
+
+
 def check_results(op, dtype, device):
     """Other dtypes in and out, headroom, and values without the scale of the tensor."""
     for scaling in ({}, {"power_of_two": "even"}, {"scale_format": "E4M3"}):
@@ -190,6 +213,11 @@ def test_blocks(shape, block, implementation):
 @pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
 def test_modes(f, implementation):
     check_modes(implementation[0]("quantize_blocks"), f, implementation[1])
+
+
+@pytest.mark.parametrize("block", [(1, -1), (128, 128), (16, 200)], ids=str)
+def test_bfloat16(block, implementation):
+    check_bfloat16(implementation[0], block, implementation[1])
 
 
 @pytest.mark.parametrize(("shape", "block"), BLOCKS[::2], ids=str)

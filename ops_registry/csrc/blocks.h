@@ -12,6 +12,9 @@ struct columns {
         uint32_t words[CHUNK];
         uint16_t halves[CHUNK];
     } most;
+#ifdef __AVX512BW__
+    struct fractions fractions[CHUNK / LONG_RUN]; /* of each scale, where these serve many elements */
+#endif
 };
 
 /* What a piece needs in the first-level cache; ones are scales of 1. */
@@ -313,11 +316,12 @@ static void add_magnitudes(const struct blocks *b, struct columns *c, const stru
 /* What the elements of a piece are divided and multiplied by, as many as shared by one; 0: all. */
 struct scales {
     const float *divisors, *multipliers;
-    int shared;
+    int shared, has_fractions;
 };
 
 /* The scales of a strip: of one row, or of those whose magnitudes have been added. */
-static struct scales find_scales(const struct blocks *b, struct room *r, struct columns *c, const struct strip *s) {
+static struct scales find_scales(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c,
+                                 const struct strip *s) {
     const int64_t n = s->is_long ? (s->pieces - 1) * s->n + s->last : s->n;
     const int64_t width = b->width < n ? b->width : n, count = (n + width - 1) / width;
     const enum dtype dtype = b->plan->dtypes[X];
@@ -330,9 +334,15 @@ static struct scales find_scales(const struct blocks *b, struct room *r, struct 
     if (b->scales != NULL) {
         store_scales(b, r, c->multiplier, s->first, count);
     }
-    struct scales found = {c->divisor, c->multiplier, 1};
+    struct scales found = {c->divisor, c->multiplier, 1, 0};
     if (b->plan->operation != ENCODE) {
         found.shared = s->is_long ? 0 : shares(width, n);
+#ifdef __AVX512BW__
+        found.has_fractions = width >= LONG_RUN && suits_fractions(b->plan, f, s->is_long ? n : width * s->pieces);
+        for (int64_t block = 0; found.has_fractions && block < count; block++) {
+            find_fractions(f, c->divisor[block], c->multiplier[block], &c->fractions[block]);
+        }
+#endif
     }
     if (found.shared == 0 || width == found.shared) {
         return found;
@@ -348,8 +358,23 @@ static struct scales find_scales(const struct blocks *b, struct room *r, struct 
     return found;
 }
 
-static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, const struct strip *s,
-                         int64_t piece, const struct scales *scales, uint32_t *fours) {
+#ifdef __AVX512BW__
+/* Whether n elements of a piece are quantized by the fractions of their blocks. */
+static int apply_fractions(const struct format32 *f, const struct fractions *fractions, const uint16_t *x,
+                           uint16_t *out, int64_t n, int64_t width) {
+    for (; n > 0; n -= width, x += width, out += width, fractions++) {
+        const int64_t size = width < n ? width : n;
+        if (size < 32 || fractions->first == 0 ||
+            quantize_by_fractions(fractions, f, x, out, size) >= f->special_from) {
+            return 0;
+        }
+    }
+    return 1;
+}
+#endif
+
+static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c,
+                         const struct strip *s, int64_t piece, const struct scales *scales) {
     const struct plan *p = b->plan;
     const int64_t at = s->at + piece * s->step, n = size_of_piece(s, piece);
     const uint32_t *random = NULL;
@@ -357,7 +382,7 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         const int64_t index = s->index + piece * s->index_step;
         const uint64_t seed = *(const uint64_t *)(const void *)b->random;
         random = b->steps[2] == 1 ? random_words(seed, index, n, r->random)
-                                  : random_words_apart(seed, index, b->steps[2], n, fours, r->random);
+                                  : random_words_apart(seed, index, b->steps[2], n, c->fours, r->random);
     } else if (p->rounding == STOCHASTIC) {
         random = (const uint32_t *)(const void *)b->random + at;
     }
@@ -366,8 +391,15 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
         encode_row(b, f, r, at, n, convert32(x, p->dtypes[X], n, r->x), random, scales->divisors);
         return;
     }
-    quantize32(p, f, x, scales->divisors, scales->multipliers, scales->shared, b->is_power, b->is_short, random,
-               b->out + at * size_of(p->out_dtype), n);
+    char *out = b->out + at * size_of(p->out_dtype);
+#ifdef __AVX512BW__
+    if (scales->has_fractions && apply_fractions(f, c->fractions, (const uint16_t *)(const void *)x,
+                                                 (uint16_t *)(void *)out, n, s->is_long ? n : b->width)) {
+        return;
+    }
+#endif
+    quantize32(p, f, x, scales->divisors, scales->multipliers, scales->shared, b->is_power, b->is_short, random, out,
+               n);
 }
 
 /* Strips begin to end of a struct blocks. Of strips beside each other whole rows are read and, when the scales of all
@@ -400,11 +432,11 @@ static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
             }
         }
         for (int64_t i = 0; i < n; i++) {
-            scales[i] = find_scales(b, &room, &columns[i], &strips[i]);
+            scales[i] = find_scales(b, &f, &room, &columns[i], &strips[i]);
         }
         for (int64_t piece = 0; piece < strips->pieces; piece++) {
             for (int64_t i = 0; i < n; i++) {
-                apply_scales(b, &f, &room, &strips[i], piece, &scales[i], columns[i].fours);
+                apply_scales(b, &f, &room, &columns[i], &strips[i], piece, &scales[i]);
             }
         }
         across += n;

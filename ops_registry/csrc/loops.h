@@ -274,6 +274,10 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const int64_t step = period <= CHUNK ? CHUNK / period * period : CHUNK;
     const FLOAT *scale = NULL;
     const uint32_t *random = NULL;
+#if defined(__AVX512BW__) && FRACTION_BITS == 23
+    struct fractions fractions = {.first = 0};
+    const int has_fractions = suits_fractions(p, &f, run < end - begin ? run : end - begin);
+#endif
     int64_t rest = run - begin % run; /* of the run of one scale */
     for (int64_t n; begin < end; begin += n) {
         n = end - begin < step ? end - begin : step;
@@ -292,6 +296,17 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
             random = read_random(&streams[RANDOM], p, begin, n, random_buffer);
         }
         char *to = c->out + begin * size_of(p->out_dtype);
+#if defined(__AVX512BW__) && FRACTION_BITS == 23
+        if (has_fractions && n >= 32) {
+            if (bits32(fractions.divisor) != bits32(*scale)) {
+                find_fractions(&f, *scale, p->operation == PROJECT ? 1 : *scale, &fractions);
+            }
+            if (fractions.first > 0 &&
+                quantize_by_fractions(&fractions, &f, raw, (uint16_t *)(void *)to, n) < f.special_from) {
+                continue;
+            }
+        }
+#endif
         if (!p->is_wide && (p->operation == QUANTIZE || p->operation == PROJECT)) {
             NAME(quantize)(p, &f, raw, scale, p->operation == PROJECT ? ones : scale, varies, 0, 0, random, to, n);
             continue;
