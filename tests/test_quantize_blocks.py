@@ -148,27 +148,67 @@ def operand(x, tensor_scale, format, saturation, rounding, block, power_of_two, 
     return blocks.unblocked(values.to(dtype), x, block)
 
 
-def check_bfloat16(operator, block, device):
+def by_scales(x, tensor_scale, format, saturation, rounding, block, power_of_two, scale_format):
+    """quantize_blocks by the scales of the formula, for any scale of the tensor."""
+    view, dims = blocks.blocked(x, block)
+    largest, f = torch.ops.altgrad.amax(view, dims), resolve(format)
+    scale = blocks.scales(largest, tensor_scale, f, power_of_two, scale_format, True)[0]
+    return blocks.unblocked(reference_quantize(f, view, scale, saturation, rounding), x, block)
+
+
+def check_16_bits(operator, dtype, block, device):
     """Blocks of many numbers, of like size by fifties; rows with NaN, infinity and the ends of exponents among them."""
     generator = torch.Generator().manual_seed(3)
 
     def numbers(rows):
         sizes = 2.0 ** torch.randint(-18, 1, (rows, 42), generator=generator)
-        return torch.randn(rows, 2100, generator=generator) * sizes.repeat_interleave(50, 1)
+        return torch.randn(rows, 2060, generator=generator) * sizes.repeat_interleave(50, 1)[:, :2060]
 
-    x = torch.cat([numbers(260), samples((40, 2100), seed=4)]).bfloat16()
-    x[100] *= 2.0**120
-    x[101] *= 2.0**-120
+    x = torch.cat([numbers(260), samples((40, 2060), seed=4)]).to(dtype)
+    x[100] *= 2.0 ** (14 if dtype == torch.float16 else 120)
+    x[101] *= 2.0 ** (-14 if dtype == torch.float16 else -120)
     x[102:104].clamp_(min=0)
     for name in ("E4M3", "E5M2", "E2M1"):
         f = resolve(name)
         got = operator("quantize_blocks")(*on(device, arguments(x, f, block, *NEAREST)))
         assert_same_bits(got, want(x, f, block, *NEAREST), x)
     # Without the scale of the tensor, values by the scales of small rows are subnormal.
-    x = (numbers(64) * 2.0 ** -torch.arange(0.0, 32.0, 0.5)[:, None]).bfloat16()
-    args = arguments(x, resolve("e4m3b120"), block, *NEAREST, scale_format="E5M2")
-    got = operator("quantize_operand")(*on(device, (*args, 1.0, torch.bfloat16)))
-    assert_same_bits(got, operand(*args, 1.0, torch.bfloat16), x)
+    x = (numbers(64) * 2.0 ** -torch.arange(0.0, 32.0, 0.5)[:, None]).to(dtype)
+    args = arguments(
+        x, resolve("e4m3b16" if dtype == torch.float16 else "e4m3b120"), block, *NEAREST, scale_format="E5M2"
+    )
+    got = operator("quantize_operand")(*on(device, (*args, 1.0, dtype)))
+    assert_same_bits(got, operand(*args, 1.0, dtype), x)
+    # The largest scale is not enough: infinite quotients.
+    args = numbers(20).bfloat16() * 2.0**60, torch.tensor(2.0**-80), "E5M2", *NEAREST, list(block), None, "E4M3"
+    assert_same_bits(operator("quantize_blocks")(*on(device, args)), by_scales(*args), args[0])
+
+
+def check_bfloat16_in_narrow_blocks(operator, width, device):
+    """All numbers to 2^-8 of the largest of a block, beside all of these: so every threshold by every scale is met."""
+    bits = torch.arange(128)[:, None, None] + 0x3F80
+    others = bits - torch.arange(8 * 128 // (width - 1) * (width - 1)).view(-1, width - 1)
+    rows = torch.cat([bits.expand(*others.shape[:-1], 1), others], -1).flatten(1).to(torch.int16).view(torch.bfloat16)
+    rows = torch.where(torch.arange(rows.shape[1]) % 3 > 0, rows, -rows)
+    sizes = [1.0, 2.0**-7, 2.0**60, 2.0**-60, 2.0**126, 2.0**-126]
+    rows = rows * torch.tensor(sizes).bfloat16()[torch.arange(128) % 6, None]
+    rows = torch.cat([rows, torch.zeros_like(rows[:1]), rows[:1].index_fill(1, torch.tensor(5), torch.nan)])
+    ordinary = rows[:120:6] * torch.ones(20, 1).index_fill_(0, torch.arange(0, 20, 3), 2.0**-9).bfloat16()
+    for name in ("E2M1", "E4M3", "e2m1b4"):
+        f = resolve(name)
+        for scaling in SCALINGS[1:]:
+            x = ordinary if "scale_format" in scaling else rows
+            args = arguments(x, f, (1, width), *NEAREST, **scaling)
+            factors = [1.0, 0.9, 2.0**-100 / 3, 2.0**-130, 2.0**110] if "scale_format" in scaling else [1.0]
+            for factor in factors:
+                tensor_scale = None if args[1] is None else args[1] * factor
+                if factor == 0.9:  # (1 + 2^-24) / 4 is rounded to a tie, above the midpoint's product
+                    tensor_scale = torch.ldexp(torch.tensor(1 - 2.0**-24), torch.frexp(tensor_scale).exponent)
+                given = x, tensor_scale, *args[2:]
+                assert_same_bits(operator("quantize_blocks")(*on(device, given)), by_scales(*given), x)
+            for headroom in (1.0, 0.7):
+                got = operator("quantize_operand")(*on(device, (*args, headroom, torch.bfloat16)))
+                assert_same_bits(got, operand(*args, headroom, torch.bfloat16), x)
 
 
 def check_results(op, dtype, device):
@@ -215,9 +255,15 @@ def test_modes(f, implementation):
     check_modes(implementation[0]("quantize_blocks"), f, implementation[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [(1, -1), (128, 128), (16, 200)], ids=str)
-def test_bfloat16(block, implementation):
-    check_bfloat16(implementation[0], block, implementation[1])
+def test_16_bits(block, dtype, implementation):
+    check_16_bits(implementation[0], dtype, block, implementation[1])
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_bfloat16_in_narrow_blocks(width, implementation):
+    check_bfloat16_in_narrow_blocks(implementation[0], width, implementation[1])
 
 
 @pytest.mark.parametrize(("shape", "block"), BLOCKS[::2], ids=str)

@@ -4,6 +4,9 @@
 
 enum { BAND = 8 }; /* strips beside each other that are read together; their columns lie on the stack */
 
+/* What bfloat16 is looked up in, instead of being divided and rounded. */
+enum lookup { NO_LOOKUP, FRACTIONS_OF_EACH, FRACTIONS_OF_ONE, THRESHOLDS };
+
 /* Of the columns of a strip: the largest magnitudes so far, scales, and random words of four rows. */
 struct columns {
     _Alignas(64) float divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
@@ -14,6 +17,7 @@ struct columns {
     } most;
 #ifdef __AVX512BW__
     struct fractions fractions[CHUNK / LONG_RUN]; /* of each scale, where these serve many elements */
+    struct bases bases;
 #endif
 };
 
@@ -23,6 +27,11 @@ struct room {
     uint32_t random[PHILOX_ROOM];
     uint8_t codes[CHUNK];
     struct format32 level; /* of scales in a format of their own */
+#ifdef __AVX512BW__
+    enum lookup lookup; /* by narrow blocks: the thresholds of scales, or the fractions of powers of two */
+    struct thresholds classes[CLASSES];
+    struct fractions of_one;
+#endif
 };
 
 /* n scales from the largest magnitudes: what is divided by, and what values are multiplied by. */
@@ -41,6 +50,7 @@ static void scales_of(const struct blocks *b, struct room *r, struct columns *c,
             const float level = multiplier[i] < b->smallest ? b->smallest : multiplier[i];
             divisor[i] = level * tensor_scale;
             multiplier[i] = b->with_tensor_scale ? divisor[i] : level;
+            quotients[i] = level;
         }
         return;
     }
@@ -316,8 +326,69 @@ static void add_magnitudes(const struct blocks *b, struct columns *c, const stru
 /* What the elements of a piece are divided and multiplied by, as many as shared by one; 0: all. */
 struct scales {
     const float *divisors, *multipliers;
-    int shared, has_fractions;
+    int shared;
+    enum lookup lookup;
 };
+
+#ifdef __AVX512BW__
+/* What serves the narrow blocks of a call; scales of wide ones have fractions of their own. */
+static void prepare_lookup(const struct blocks *b, const struct format32 *f, struct room *r) {
+    r->lookup = NO_LOOKUP;
+    if (suits_thresholds(b, f)) {
+        r->lookup = THRESHOLDS;
+        find_classes(b, f, r->classes);
+    } else if (b->is_power && b->plan->out_dtype == BFLOAT16 && suits_fractions(b->plan, f, CHUNK)) {
+        r->lookup = FRACTIONS_OF_ONE;
+        find_fractions(f, BFLOAT16, 1, 1, &r->of_one);
+    }
+}
+
+/* What serves a strip with count scales, one for as many columns as width: where all of them are numbers, and hence
+ * what they are made from, and no quotient is infinite. */
+static enum lookup find_lookup(const struct blocks *b, const struct format32 *f, const struct room *r,
+                               struct columns *c, const struct strip *s, int64_t width, int64_t count) {
+    const int is_vector = width == 32 || (width == 16 && r->lookup == THRESHOLDS);
+    const float *levels = b->level == NULL ? c->divisor : r->quotients; /* powers of two are of class 0 */
+    if (b->headroom < 1) {
+        return NO_LOOKUP;
+    }
+    if (width < LONG_RUN || !suits_fractions(b->plan, f, s->is_long ? width : width * s->pieces)) {
+        const int is_whole = is_vector && s->n % 32 == 0;
+        return is_whole && find_bases(f, c->divisor, c->multiplier, levels, count, &c->bases) ? r->lookup : NO_LOOKUP;
+    }
+    for (int64_t block = 0; block < count; block++) {
+        if (b->plan->out_dtype == FLOAT16) {
+            find_fractions(f, FLOAT16, c->divisor[block], c->multiplier[block], &c->fractions[block]);
+        } else {
+            find_fractions(f, BFLOAT16, c->divisor[block], c->multiplier[block], &c->fractions[block]);
+        }
+        if (c->fractions[block].first == 0 || bits32(r->amax[block] / c->divisor[block]) >= FLOAT32_INFINITY) {
+            return NO_LOOKUP;
+        }
+    }
+    return FRACTIONS_OF_EACH;
+}
+
+/* n elements of a piece. */
+static void look_up(const struct format32 *f, enum dtype dtype, const struct room *r, const struct columns *c,
+                    enum lookup lookup, int64_t width, const uint16_t *x, uint16_t *out, int64_t n) {
+    if (lookup == THRESHOLDS && width == 16) {
+        quantize_by_thresholds(r->classes, &c->bases, 16, x, out, n);
+    } else if (lookup == THRESHOLDS) {
+        quantize_by_thresholds(r->classes, &c->bases, 32, x, out, n);
+    } else if (lookup == FRACTIONS_OF_ONE) {
+        quantize_by_fractions(&r->of_one, f, BFLOAT16, &c->bases, c->divisor, x, out, n);
+    } else {
+        for (const struct fractions *t = c->fractions; n > 0; n -= width, x += width, out += width, t++) {
+            if (dtype == FLOAT16) {
+                quantize_by_fractions(t, f, FLOAT16, NULL, NULL, x, out, width < n ? width : n);
+            } else {
+                quantize_by_fractions(t, f, BFLOAT16, NULL, NULL, x, out, width < n ? width : n);
+            }
+        }
+    }
+}
+#endif
 
 /* The scales of a strip: of one row, or of those whose magnitudes have been added. */
 static struct scales find_scales(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c,
@@ -334,14 +405,11 @@ static struct scales find_scales(const struct blocks *b, const struct format32 *
     if (b->scales != NULL) {
         store_scales(b, r, c->multiplier, s->first, count);
     }
-    struct scales found = {c->divisor, c->multiplier, 1, 0};
+    struct scales found = {c->divisor, c->multiplier, 1, NO_LOOKUP};
     if (b->plan->operation != ENCODE) {
         found.shared = s->is_long ? 0 : shares(width, n);
 #ifdef __AVX512BW__
-        found.has_fractions = width >= LONG_RUN && suits_fractions(b->plan, f, s->is_long ? n : width * s->pieces);
-        for (int64_t block = 0; found.has_fractions && block < count; block++) {
-            find_fractions(f, c->divisor[block], c->multiplier[block], &c->fractions[block]);
-        }
+        found.lookup = find_lookup(b, f, r, c, s, width, count);
 #endif
     }
     if (found.shared == 0 || width == found.shared) {
@@ -357,21 +425,6 @@ static struct scales find_scales(const struct blocks *b, const struct format32 *
     }
     return found;
 }
-
-#ifdef __AVX512BW__
-/* Whether n elements of a piece are quantized by the fractions of their blocks. */
-static int apply_fractions(const struct format32 *f, const struct fractions *fractions, const uint16_t *x,
-                           uint16_t *out, int64_t n, int64_t width) {
-    for (; n > 0; n -= width, x += width, out += width, fractions++) {
-        const int64_t size = width < n ? width : n;
-        if (size < 32 || fractions->first == 0 ||
-            quantize_by_fractions(fractions, f, x, out, size) >= f->special_from) {
-            return 0;
-        }
-    }
-    return 1;
-}
-#endif
 
 static void apply_scales(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c,
                          const struct strip *s, int64_t piece, const struct scales *scales) {
@@ -393,8 +446,10 @@ static void apply_scales(const struct blocks *b, const struct format32 *f, struc
     }
     char *out = b->out + at * size_of(p->out_dtype);
 #ifdef __AVX512BW__
-    if (scales->has_fractions && apply_fractions(f, c->fractions, (const uint16_t *)(const void *)x,
-                                                 (uint16_t *)(void *)out, n, s->is_long ? n : b->width)) {
+    const int64_t width = s->is_long || b->width > n ? n : b->width, last = n % width > 0 ? n % width : width;
+    if (scales->lookup != NO_LOOKUP && (last >= 32 || scales->lookup == THRESHOLDS)) { /* a vector at least */
+        look_up(f, p->out_dtype, r, c, scales->lookup, width, (const uint16_t *)(const void *)x,
+                (uint16_t *)(void *)out, n);
         return;
     }
 #endif
@@ -414,6 +469,9 @@ static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
     if (b->level != NULL) {
         room.level = prepare32(b->level);
     }
+#ifdef __AVX512BW__
+    prepare_lookup(b, &f, &room);
+#endif
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;
     }

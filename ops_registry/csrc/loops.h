@@ -253,6 +253,28 @@ static void NAME(wide)(const struct plan *p, const void *codes, const FLOAT *res
     }
 }
 
+#if defined(__AVX512BW__) && FRACTION_BITS == 23
+/* Whether elements by one scale could be looked up in its fractions, which are found where they are those of another.
+ */
+INLINE int look_up_by(const struct plan *p, const struct format32 *f, enum dtype dtype, const uint16_t *x, float scale,
+                      struct fractions *t, uint16_t *out, int64_t n) {
+    if (bits32(t->divisor) != bits32(scale)) {
+        find_fractions(f, dtype, scale, p->operation == PROJECT ? 1 : scale, t);
+    }
+    if (t->first == 0) {
+        return 0;
+    }
+    const __m512i largest = quantize_by_fractions(t, f, dtype, NULL, NULL, x, out, n);
+    return largest_quotient(largest, dtype, scale) < f->special_from;
+}
+
+static int quantize_looked_up(const struct plan *p, const struct format32 *f, const void *x, float scale,
+                              struct fractions *t, void *out, int64_t n) {
+    return p->out_dtype == FLOAT16 ? look_up_by(p, f, FLOAT16, x, scale, t, out, n)
+                                   : look_up_by(p, f, BFLOAT16, x, scale, t, out, n);
+}
+#endif
+
 /* Elements begin to end of a call, chunk by chunk. */
 static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
     const struct plan *p = c->plan;
@@ -297,14 +319,8 @@ static void NAME(range)(const struct call *c, int64_t begin, int64_t end) {
         }
         char *to = c->out + begin * size_of(p->out_dtype);
 #if defined(__AVX512BW__) && FRACTION_BITS == 23
-        if (has_fractions && n >= 32) {
-            if (bits32(fractions.divisor) != bits32(*scale)) {
-                find_fractions(&f, *scale, p->operation == PROJECT ? 1 : *scale, &fractions);
-            }
-            if (fractions.first > 0 &&
-                quantize_by_fractions(&fractions, &f, raw, (uint16_t *)(void *)to, n) < f.special_from) {
-                continue;
-            }
+        if (has_fractions && n >= 32 && quantize_looked_up(p, &f, raw, *scale, &fractions, to, n)) {
+            continue;
         }
 #endif
         if (!p->is_wide && (p->operation == QUANTIZE || p->operation == PROJECT)) {
