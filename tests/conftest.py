@@ -131,6 +131,24 @@ def _compiles_only_where_marked(request, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
+@pytest.fixture
+def each_value_is_traced_once(monkeypatch):
+    """Inductor traces a value anew for each use of it, and then drops the lines that it has: most of its Python.
+
+    How many there were decides about loops of a few elements and strided ones, so this is for others, whose code is the
+    same (test_compile.py).
+    """
+    from torch._inductor import ir, utils
+    from torch._inductor.virtualized import V
+
+    def make_loader(self, make=ir.Pointwise.make_loader):
+        load = make(self)
+        once = functools.lru_cache(1)(lambda handler, index: load(index))
+        return lambda index: once(V.get_ops_handler(), tuple(index))
+
+    monkeypatch.setattr(ir.Pointwise, "make_loader", utils.cache_on_self(make_loader))
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param

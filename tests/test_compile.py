@@ -36,7 +36,7 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)
-def test_same_bits_as_eager(f, device):
+def test_same_bits_as_eager(f, device, each_value_is_traced_once):
     def every_operator(x, scale):
         y, codes = ag.quantize(x, scale, f.name), ag.encode(x, scale, f.name)
         return y, codes, ag.decode(codes, scale, f.name), ag.dequantize(y, scale)
@@ -61,7 +61,7 @@ def test_other_dtypes(dtype, device):
 
 
 @pytest.mark.parametrize("f", [resolve("E5M2"), resolve("E7M0"), resolve("E4M3FNUZ")], ids=lambda f: f.name)
-def test_every_saturation_and_rounding(f, device):
+def test_every_saturation_and_rounding(f, device, each_value_is_traced_once):
     def every_mode(x, scale, random):
         results = [ag.quantize(x, scale, f.name, "none", rounding) for rounding in DETERMINISTIC_ROUNDINGS]
         results += [ag.quantize(x, scale, f.name, saturation) for saturation in SATURATIONS if saturation != "none"]
@@ -179,6 +179,24 @@ def test_reduce_overhead():
     compiled = torch.compile(module, mode="reduce-overhead")
     for _ in range(3):
         assert_same_bits(compiled(x), module(x), x)
+
+
+def test_code_of_values_that_are_traced_once(device, request):
+    """It is the code of Inductor as it is, which the tests with that fixture are about."""
+
+    def every_kind(x, scale):
+        return ag.quantize(x, scale, "E7M0", "none", "to_odd"), ag.decode(ag.encode(x, scale, "E5M2"), scale, "E5M2")
+
+    def code(x):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            _, (code,) = run_and_get_code(torch.compile(every_kind, fullgraph=True), x, x.amax())
+        return code.split("\n", 1)[1]  # after the number of the graph
+
+    x = torch.randn(1000, device=device)
+    want = code(x)
+    request.getfixturevalue("each_value_is_traced_once")
+    assert code(x) == want
 
 
 def test_unbacked_sizes():

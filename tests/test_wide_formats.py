@@ -151,7 +151,7 @@ def test_e8m0_and_ml_dtypes():
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", ["FP16", "BF16", "TF32", "E8M0", "UE4M3", "e5m6b15"])
-def test_compiled(name):
+def test_compiled(name, each_value_is_traced_once):
     torch._dynamo.reset()
     f, scale = resolve(name), torch.tensor(0.37)
     x = torch.cat([points_of(f), random_bit_patterns(5000)])
