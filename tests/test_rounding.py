@@ -167,7 +167,7 @@ class EveryMode(torch.nn.Module):
 
 
 @pytest.mark.compiles
-def test_aotinductor_package_of_every_mode(tmp_path):
+def test_aotinductor_package_of_every_mode(tmp_path, each_value_is_traced_once):
     x = near_ties(E5M2) * 0.37
     bits = torch.randint(1 << 24, x.shape, dtype=torch.int32)
     program = torch.export.export(EveryMode(), (x, bits))
