@@ -281,7 +281,8 @@ def test_results(dtype, implementation):
 @pytest.mark.parametrize("block", [(1, 32), (32, 1), (1, -1), (128, 128)], ids=str)
 def test_strips(block, dtype, threads):
     """More strips lie beside each other than a thread takes at once; several threads share those of a tensor."""
-    x, before = samples((140, 9300), "scale_format").to(dtype), torch.get_num_threads()
+    shape = min(2 * block[0] + 12, 140), 9300  # with uneven blocks in the end
+    x, before = samples(shape, "scale_format").to(dtype), torch.get_num_threads()
     args = arguments(x, resolve("E2M1"), block, *NEAREST, scale_format="E4M3")
     modes = *args[:2], torch.tensor(7), "E2M1", "propagate", *args[5:]
     try:
