@@ -36,7 +36,7 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)
-def test_same_bits_as_eager(f, device, each_value_is_traced_once):
+def test_same_bits_as_eager(f, device):
     def every_operator(x, scale):
         y, codes = ag.quantize(x, scale, f.name), ag.encode(x, scale, f.name)
         return y, codes, ag.decode(codes, scale, f.name), ag.dequantize(y, scale)
