@@ -168,7 +168,7 @@ def check_16_bits(operator, dtype, block, device):
     x[100] *= 2.0 ** (14 if dtype == torch.float16 else 120)
     x[101] *= 2.0 ** (-14 if dtype == torch.float16 else -120)
     x[102:104].clamp_(min=0)
-    narrow = x[:, :268].contiguous()  # a block of twelve columns lies beside others
+    narrow = x[:, :412].contiguous()  # a block of few columns lies beside others
     for name, given in (("E4M3", x), ("E4M3", narrow), ("E5M2", x), ("E2M1", x)):
         f = resolve(name)
         got = operator("quantize_blocks")(*on(device, arguments(given, f, block, *NEAREST)))
@@ -202,8 +202,9 @@ def check_bfloat16_in_narrow_blocks(operator, width, device):
             factors = [1.0, 0.9, 2.0**-100 / 3, 2.0**-130, 2.0**110] if "scale_format" in scaling else [1.0]
             for factor in factors:
                 tensor_scale = None if args[1] is None else args[1] * factor
-                if factor == 0.9:  # (1 + 2^-24) / 4 is rounded to a tie, above the midpoint's product
-                    tensor_scale = torch.ldexp(torch.tensor(1 - 2.0**-24), torch.frexp(tensor_scale).exponent)
+                if factor == 0.9:  # 1.890625 by it is rounded to a tie, 1.25, and is above the tie's product with it
+                    fraction = torch.tensor(1.890625 / 1.25).nextafter(torch.tensor(0.0))
+                    tensor_scale = torch.ldexp(fraction, torch.frexp(tensor_scale).exponent)
                 given = x, tensor_scale, *args[2:]
                 assert_same_bits(operator("quantize_blocks")(*on(device, given)), by_scales(*given), x)
             for headroom in (1.0, 0.7):

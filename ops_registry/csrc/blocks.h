@@ -349,9 +349,6 @@ static enum lookup find_lookup(const struct blocks *b, const struct format32 *f,
                                struct columns *c, const struct strip *s, int64_t width, int64_t count) {
     const int is_vector = width == 32 || (width == 16 && r->lookup == THRESHOLDS);
     const float *levels = b->level == NULL ? c->divisor : r->quotients; /* powers of two are of class 0 */
-    if (b->headroom < 1) {
-        return NO_LOOKUP;
-    }
     if (width < LONG_RUN || !suits_fractions(b->plan, f, s->is_long ? width : width * s->pieces)) {
         const int is_whole = is_vector && s->n % 32 == 0;
         return is_whole && find_bases(f, c->divisor, c->multiplier, levels, count, &c->bases) ? r->lookup : NO_LOOKUP;
@@ -362,7 +359,7 @@ static enum lookup find_lookup(const struct blocks *b, const struct format32 *f,
         } else {
             find_fractions(f, BFLOAT16, c->divisor[block], c->multiplier[block], &c->fractions[block]);
         }
-        if (c->fractions[block].first == 0 || bits32(r->amax[block] / c->divisor[block]) >= FLOAT32_INFINITY) {
+        if (c->fractions[block].first == 0 || !(r->amax[block] / b->headroom / c->divisor[block] < 0x1p127f)) {
             return NO_LOOKUP;
         }
     }
