@@ -118,7 +118,7 @@ INLINE __m512i quantize_by_fractions(const struct fractions *t, const struct for
     const __m512i most_of_one = _mm512_set1_epi16((int16_t)(t->most - base));
     const __m512i before_of_one = _mm512_set1_epi16((int16_t)(t->first - base - 1));
     __m512i largest = _mm512_setzero_si512(), most = most_of_one, before = before_of_one;
-    __mmask32 small[CHUNK / 32], any = 0; /* elements below first but for 0 */
+    uint32_t rest = 0; /* vectors with elements below first but for 0 */
     for (int64_t next = 0; next < n; next += 32) {
         const int64_t i = next < n - 32 ? next : n - 32;
         if (bases != NULL) {
@@ -134,15 +134,16 @@ INLINE __m512i quantize_by_fractions(const struct fractions *t, const struct for
         const __m512i sum = _mm512_add_epi16(_mm512_andnot_si512(of_fraction, a), above);
         const __m512i y = _mm512_maskz_min_epu16(_mm512_test_epi16_mask(a, a), sum, most);
         _mm512_storeu_si512(out + i, _mm512_ternarylogic_epi32(y, bits, magnitude, 0xf4)); /* y | (bits & ~magnitude) */
-        any |= small[next / 32] = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(a, one), before);
+        const __mmask32 is_small = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(a, one), before);
+        rest |= (uint32_t)(is_small != 0) << (next / 32);
         largest = _mm512_max_epu16(largest, a);
     }
-    /* By themselves: no guess of a branch waits for memory. */
-    for (int64_t next = 0; any != 0 && next < n; next += 32) {
-        const int64_t i = next < n - 32 ? next : n - 32;
-        if (small[next / 32] != 0 && bases == NULL) {
+    /* By themselves, and one after the other without a guess: a wrong one would wait for memory. */
+    for (; rest != 0; rest &= rest - 1) {
+        const int64_t next = 32 * __builtin_ctz(rest), i = next < n - 32 ? next : n - 32;
+        if (bases == NULL) {
             quantize_exactly(x + i, dtype, &t->divisor, &t->reciprocal, &t->multiplier, f, out + i, 32);
-        } else if (small[next / 32] != 0) {
+        } else {
             const float *divisor = &divisors[i / 32], reciprocal = 1 / *divisor;
             quantize_exactly(x + i, dtype, divisor, &reciprocal, divisor, f, out + i, 32);
         }
