@@ -331,9 +331,12 @@ struct scales {
 };
 
 #ifdef __AVX512BW__
-/* What serves the narrow blocks of a call; scales of wide ones have fractions of their own. */
-static void prepare_lookup(const struct blocks *b, const struct format32 *f, struct room *r) {
+/* What serves the narrow blocks of n elements; scales of wide ones have fractions of their own. */
+static void prepare_lookup(const struct blocks *b, const struct format32 *f, struct room *r, int64_t n) {
     r->lookup = NO_LOOKUP;
+    if (n < 16 * CHUNK) { /* finding takes as long as they do */
+        return;
+    }
     if (suits_thresholds(b, f)) {
         r->lookup = THRESHOLDS;
         find_classes(b, f, r->classes);
@@ -467,7 +470,7 @@ static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
         room.level = prepare32(b->level);
     }
 #ifdef __AVX512BW__
-    prepare_lookup(b, &f, &room);
+    prepare_lookup(b, &f, &room, (end - begin) * b->span * b->height);
 #endif
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;

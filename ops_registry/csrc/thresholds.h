@@ -19,7 +19,7 @@ INLINE int suits_thresholds(const struct blocks *b, const struct format32 *f) {
     return p->operation == QUANTIZE && p->dtypes[X] == BFLOAT16 && p->out_dtype == BFLOAT16 && !p->is_wide &&
            variant_of(p) == PLAIN && f->mantissa_bits == 1 &&
            f->max_value == f->min_power + (5u << (FRACTION_BITS - 1)) &&
-           (b->is_power || (b->level != NULL && b->level->mantissa_bits <= 3));
+           (b->is_power || (b->level != NULL && b->level->mantissa_bits <= 3 && b->tensor_scale >= 0x1p-126f));
 }
 
 INLINE float fraction_of(float number) {
