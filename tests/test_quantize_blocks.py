@@ -192,7 +192,10 @@ def check_bfloat16_in_narrow_blocks(operator, width, device):
     rows = torch.where(torch.arange(rows.shape[1]) % 3 > 0, rows, -rows)
     sizes = [1.0, 2.0**-7, 2.0**60, 2.0**-60, 2.0**126, 2.0**-126]
     rows = rows * torch.tensor(sizes).bfloat16()[torch.arange(128) % 6, None]
-    rows = torch.cat([rows, torch.zeros_like(rows[:1]), rows[:1].index_fill(1, torch.tensor(5), torch.nan)])
+    generator, shape = torch.Generator().manual_seed(5), (20, rows.shape[1])
+    far = torch.randn(shape, generator=generator) * 2.0 ** -torch.randint(24, shape, generator=generator)
+    special = torch.zeros_like(rows[:1]), rows[:1].index_fill(1, torch.tensor(5), torch.nan)
+    rows = torch.cat([rows, far.bfloat16(), *special])
     ordinary = rows[:120:6] * torch.ones(20, 1).index_fill_(0, torch.arange(0, 20, 3), 2.0**-9).bfloat16()
     for name in ("E2M1", "E4M3", "e2m1b4"):
         f = resolve(name)
