@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import itertools
 import os
 import random
 import re
@@ -128,7 +129,7 @@ def test_one_scale_of_any_size(kernels, name, rounding):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["E4M3", "E5M2", "e5m1b40", "E4M3FNUZ"])
+@pytest.mark.parametrize("name", ["E4M3", "E5M2", "e5m1b40", "E4M3FNUZ", "FP16"])
 def test_16_bits_by_one_scale(kernels, name, dtype):
     """All numbers by what may look them up by their fractions: one scale of all, and one of each row.
 
@@ -145,6 +146,11 @@ def test_16_bits_by_one_scale(kernels, name, dtype):
             assert_same_bits(kernels.quantize(numbers, scale, name, saturation), want, numbers)
         want = reference_quantize(f, finite.float() / scale, one).to(dtype)
         assert_same_bits(project(finite, scale, name), want, finite)
+    beyond = 2.0 ** (16 if dtype == torch.float16 else 128)  # what the bits of infinity would stand for
+    large = torch.full((9000,), beyond / 64, dtype=dtype).index_fill_(0, torch.tensor([3, 5000]), -torch.inf)
+    for scale, saturation in itertools.product((torch.tensor(beyond / 328), torch.tensor(beyond / 70000)), SATURATIONS):
+        want = reference_quantize(f, large, scale, saturation)
+        assert_same_bits(kernels.quantize(large, scale, name, saturation), want, large)
     rows = in_order[: 6 * 10000].view(6, 10000)
     scales = torch.tensor([0.37, 1.0, 1 + 2.0**-23, 6.0, 2.0**-9 / 3, 14.0]).view(6, 1)
     assert_same_bits(kernels.quantize(rows, scales, name), reference_quantize(f, rows, scales, "propagate"), rows)

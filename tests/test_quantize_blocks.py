@@ -184,8 +184,9 @@ def check_16_bits(operator, dtype, block, device):
     assert_same_bits(operator("quantize_blocks")(*on(device, args)), by_scales(*args), args[0])
 
 
-def check_bfloat16_in_narrow_blocks(operator, width, device):
+def check_bfloat16_in_narrow_blocks(operator, block, device):
     """All numbers to 2^-8 of the largest of a block, beside all of these: so every threshold by every scale is met."""
+    width = block[1]
     bits = torch.arange(128)[:, None, None] + 0x3F80
     others = bits - torch.arange(8 * 128 // (width - 1) * (width - 1)).view(-1, width - 1)
     rows = torch.cat([bits.expand(*others.shape[:-1], 1), others], -1).flatten(1).to(torch.int16).view(torch.bfloat16)
@@ -197,11 +198,11 @@ def check_bfloat16_in_narrow_blocks(operator, width, device):
     special = torch.zeros_like(rows[:1]), rows[:1].index_fill(1, torch.tensor(5), torch.nan)
     rows = torch.cat([rows, far.bfloat16(), *special])
     ordinary = rows[:120:6] * torch.ones(20, 1).index_fill_(0, torch.arange(0, 20, 3), 2.0**-9).bfloat16()
-    for name in ("E2M1", "E4M3", "e2m1b4"):
+    for name in ("E2M1", "E4M3", "E5M2", "FP16", "e2m1b10f", "e2m1b-10f", "e4m3b17", "e4m3b120fn"):
         f = resolve(name)
         for scaling in SCALINGS[1:]:
             x = ordinary if "scale_format" in scaling else rows
-            args = arguments(x, f, (1, width), *NEAREST, **scaling)
+            args = arguments(x, f, block, *NEAREST, **scaling)
             factors = [1.0, 0.9, 2.0**-100 / 3, 2.0**-118 / 3, 2.0**110] if "scale_format" in scaling else [1.0]
             for factor in factors:
                 tensor_scale = None if args[1] is None else args[1] * factor
@@ -210,7 +211,7 @@ def check_bfloat16_in_narrow_blocks(operator, width, device):
                     tensor_scale = torch.ldexp(fraction, torch.frexp(tensor_scale).exponent)
                 given = x, tensor_scale, *args[2:]
                 assert_same_bits(operator("quantize_blocks")(*on(device, given)), by_scales(*given), x)
-            for headroom in (1.0, 0.7):
+            for headroom in (0.7, 2.0**-115):
                 got = operator("quantize_operand")(*on(device, (*args, headroom, torch.bfloat16)))
                 assert_same_bits(got, operand(*args, headroom, torch.bfloat16), x)
 
@@ -265,9 +266,9 @@ def test_16_bits(block, dtype, implementation):
     check_16_bits(implementation[0], dtype, block, implementation[1])
 
 
-@pytest.mark.parametrize("width", [16, 32])
-def test_bfloat16_in_narrow_blocks(width, implementation):
-    check_bfloat16_in_narrow_blocks(implementation[0], width, implementation[1])
+@pytest.mark.parametrize("block", [(1, 16), (1, 32), (4, 16)], ids=str)
+def test_bfloat16_in_narrow_blocks(block, implementation):
+    check_bfloat16_in_narrow_blocks(implementation[0], block, implementation[1])
 
 
 @pytest.mark.parametrize(("shape", "block"), BLOCKS[::2], ids=str)

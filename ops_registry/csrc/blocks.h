@@ -4,7 +4,7 @@
 
 enum { BAND = 8 }; /* strips beside each other that are read together; their columns lie on the stack */
 
-/* What bfloat16 is looked up in, instead of being divided and rounded. */
+/* What 16 bits are looked up in, instead of being divided and rounded. */
 enum lookup { NO_LOOKUP, FRACTIONS_OF_EACH, FRACTIONS_OF_ONE, THRESHOLDS };
 
 /* Of the columns of a strip: the largest magnitudes so far, scales, and random words of four rows. */
@@ -340,20 +340,21 @@ static void prepare_lookup(const struct blocks *b, const struct format32 *f, str
     if (suits_thresholds(b, f)) {
         r->lookup = THRESHOLDS;
         find_classes(b, f, r->classes);
-    } else if (b->is_power && b->plan->out_dtype == BFLOAT16 && suits_fractions(b->plan, f, CHUNK)) {
-        r->lookup = FRACTIONS_OF_ONE;
+    } else if (b->is_power && b->headroom >= 0x1p-20f && b->plan->out_dtype == BFLOAT16 &&
+               suits_fractions(b->plan, f, CHUNK)) { /* no quotient is infinite */
         find_fractions(f, BFLOAT16, 1, 1, &r->of_one);
+        r->lookup = r->of_one.first > 0 ? FRACTIONS_OF_ONE : NO_LOOKUP;
     }
 }
 
 /* What serves a strip with count scales, one for as many columns as width: where all of them are numbers, and hence
- * what they are made from, and no quotient is infinite. */
+ * what they are made from, and where an infinite quotient would count, there is none. */
 static enum lookup find_lookup(const struct blocks *b, const struct format32 *f, const struct room *r,
                                struct columns *c, const struct strip *s, int64_t width, int64_t count) {
     const int is_vector = width == 32 || (width == 16 && r->lookup == THRESHOLDS);
     const float *levels = b->level == NULL ? c->divisor : r->quotients; /* powers of two are of class 0 */
     if (width < LONG_RUN || !suits_fractions(b->plan, f, s->is_long ? width : width * s->pieces)) {
-        const int is_whole = is_vector && s->n % 32 == 0;
+        const int is_whole = r->lookup != NO_LOOKUP && is_vector && s->n % 32 == 0;
         return is_whole && find_bases(f, c->divisor, c->multiplier, levels, count, &c->bases) ? r->lookup : NO_LOOKUP;
     }
     for (int64_t block = 0; block < count; block++) {

@@ -30,17 +30,19 @@ INLINE __m512i multiplier_base(const struct bases *bases, int64_t block) {
     return _mm512_set1_epi16(((const int16_t *)bases->both)[2 * block + 1]);
 }
 
-/* n blocks with these levels, or with powers of two. Returns whether results and their thresholds are normal. */
+/* n blocks with these levels, or with powers of two. Returns whether all scales are normal numbers, not the largest
+ * ones, which infinity may have, and results and their thresholds are normal. */
 static int find_bases(const struct format32 *f, const float *restrict divisors, const float *restrict multipliers,
                       const float *restrict levels, int64_t n, struct bases *restrict bases) {
     const uint32_t below = 127 - (base_of_one(f) >> 7), most = (f->max_value - f->min_power) >> FRACTION_BITS;
     const uint32_t range = 254 - BELOW - 2 - most;
     uint32_t is_beyond = 0;
     for (int64_t i = 0; i < n; i++) {
-        const uint32_t divisor = (bits32(divisors[i]) >> FRACTION_BITS) - below;
-        const uint32_t multiplier = (bits32(multipliers[i]) >> FRACTION_BITS) - below;
-        is_beyond |= (divisor - 1 >= range) | (multiplier - 1 >= range);
-        bases->both[i] = divisor << 7 | multiplier << 23;
+        const uint32_t divisor = bits32(divisors[i]) >> FRACTION_BITS;
+        const uint32_t multiplier = bits32(multipliers[i]) >> FRACTION_BITS;
+        is_beyond |= (divisor - 1 >= 253) | (multiplier - 1 >= 253);
+        is_beyond |= (divisor - below - 1 >= range) | (multiplier - below - 1 >= range);
+        bases->both[i] = (divisor - below) << 7 | (multiplier - below) << 23;
         bases->classes[i] = bits32(levels[i]) >> (FRACTION_BITS - 3) & (CLASSES - 1);
     }
     return !is_beyond;
@@ -58,7 +60,7 @@ INLINE int fraction_bits_of(enum dtype dtype) { return dtype == FLOAT16 ? 10 : 7
 INLINE int suits_fractions(const struct plan *p, const struct format32 *f, int64_t n) {
     const int is_quantize = (p->operation == QUANTIZE || p->operation == PROJECT) && !p->is_wide;
     return is_quantize && is_narrow(p->out_dtype) && p->dtypes[X] == p->out_dtype && variant_of(p) == PLAIN &&
-           f->max_value >= f->min_power + ((uint32_t)RANGE << FRACTION_BITS) &&
+           f->mantissa_bits <= 3 && f->max_value >= f->min_power + ((uint32_t)RANGE << FRACTION_BITS) &&
            n >= (int64_t)8 << fraction_bits_of(p->out_dtype);
 }
 

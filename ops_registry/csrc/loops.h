@@ -265,7 +265,7 @@ INLINE int look_up_by(const struct plan *p, const struct format32 *f, enum dtype
         return 0;
     }
     const __m512i largest = quantize_by_fractions(t, f, dtype, NULL, NULL, x, out, n);
-    return largest_quotient(largest, dtype, scale) < f->special_from;
+    return largest_quotient(largest, dtype, scale) < FLOAT32_INFINITY;
 }
 
 static int quantize_looked_up(const struct plan *p, const struct format32 *f, const void *x, float scale,

@@ -1,9 +1,9 @@
 /* quantize of bfloat16 to formats like E2M1 in blocks of 16 or 32, for AVX-512. Seven thresholds tell their values
  * apart: magnitudes of x from which on the result is the next one. As bits, counted from a power of two near the scale,
  * thresholds and results depend on the scale's fraction alone, and a format of scales has eight of these at most. A
- * threshold is 1.4 times the one before it, so each quarter of a power of two, a cell, has one or none, which is looked
- * up, and what results below it; from it on that is what the next cell begins with. Without this file every result is
- * the same.
+ * threshold is at least 1.4 times the one before it, so each quarter of a power of two, a cell, has one or none, which
+ * is looked up, and what results below it; from it on that is what the next cell begins with. Without this file every
+ * result is the same.
  */
 
 #ifdef __AVX512BW__
