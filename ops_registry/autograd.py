@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from .accumulators import resolve_accumulator
 from .arithmetic import divide
-from .operators import OPERATORS, library
+from .operators import library
 from .products import of_products
 
 try:
@@ -196,7 +196,6 @@ def _register_kernel(name: str, rule: Rule) -> None:
     members = {f.__name__: staticmethod(f) for f in (forward, backward, jvp, _compiled_autograd_key)}
     function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
 
-    tensors = OPERATORS[name].tensors
     redispatch = op._handle.redispatch_boxed
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
@@ -204,10 +203,8 @@ def _register_kernel(name: str, rule: Rule) -> None:
             modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return function.apply(modes, keyset, *args)
-        if torch.is_grad_enabled():
-            for tensor in args[:tensors]:
-                if tensor is not None and tensor.requires_grad:
-                    return function.apply(None, keyset, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(None, keyset, *args)
         keys = _PLAIN.get(keyset.raw_repr())
         return below_autograd(keyset, args) if keys is None else redispatch(keys, *args)
 

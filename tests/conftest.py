@@ -28,6 +28,8 @@ if "altgrad-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 # Inductor's pool of processes takes longer to start than the small graphs of tests to compile.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# For each instruction set of the CPU each process would start another, to load what it has compiled as a trial.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def name_operators_of_torchvision():
