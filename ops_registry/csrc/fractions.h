@@ -56,11 +56,16 @@ struct fractions {
 
 INLINE int fraction_bits_of(enum dtype dtype) { return dtype == FLOAT16 ? 10 : 7; }
 
+/* Whether 16 bits become 16 bits by the plain rounding. */
+INLINE int is_narrow_and_plain(const struct plan *p) {
+    return (p->operation == QUANTIZE || p->operation == PROJECT) && !p->is_wide && is_narrow(p->out_dtype) &&
+           p->dtypes[X] == p->out_dtype && variant_of(p) == PLAIN;
+}
+
 /* Whether n elements by one scale are worth it. */
 INLINE int suits_fractions(const struct plan *p, const struct format32 *f, int64_t n) {
-    const int is_quantize = (p->operation == QUANTIZE || p->operation == PROJECT) && !p->is_wide;
-    return is_quantize && is_narrow(p->out_dtype) && p->dtypes[X] == p->out_dtype && variant_of(p) == PLAIN &&
-           f->mantissa_bits <= 3 && f->max_value >= f->min_power + ((uint32_t)RANGE << FRACTION_BITS) &&
+    return is_narrow_and_plain(p) && f->mantissa_bits <= 3 &&
+           f->max_value >= f->min_power + ((uint32_t)RANGE << FRACTION_BITS) &&
            n >= (int64_t)8 << fraction_bits_of(p->out_dtype);
 }
 
@@ -73,8 +78,8 @@ INLINE void quantize_exactly(const uint16_t *x, enum dtype dtype, const float *d
 /* first begins the first binade of which all quotients are normal in the format. That divisors have exact reciprocals
  * leaves it far above the least float32; of x and of products it must be asked. Infinite products are what lies beyond
  * the largest. */
-INLINE void find_fractions(const struct format32 *f, enum dtype dtype, float divisor, float multiplier,
-                           struct fractions *t) {
+INLINE void find_fractions_in(const struct format32 *f, enum dtype dtype, float divisor, float multiplier,
+                              struct fractions *t) {
     const int bits = fraction_bits_of(dtype), size = (1 << bits) / CELLS;
     const uint32_t below = dtype == FLOAT16 ? 127 - 15 : 0, last = dtype == FLOAT16 ? 30 : 254;
     const uint32_t least = bits32(divisor * number32(f->min_power)), one = 1u << FRACTION_BITS;
@@ -103,6 +108,15 @@ INLINE void find_fractions(const struct format32 *f, enum dtype dtype, float div
         t->thresholds[cell] = (uint16_t)(cell * size + step); /* the next cell's first: none */
         t->below[cell] = result[0] - t->first;
         t->from[cell] = result[size - 1] - t->first;
+    }
+}
+
+static void find_fractions(const struct format32 *f, enum dtype dtype, float divisor, float multiplier,
+                           struct fractions *t) {
+    if (dtype == FLOAT16) {
+        find_fractions_in(f, FLOAT16, divisor, multiplier, t);
+    } else {
+        find_fractions_in(f, BFLOAT16, divisor, multiplier, t);
     }
 }
 
@@ -151,6 +165,12 @@ INLINE __m512i quantize_by_fractions(const struct fractions *t, const struct for
         }
     }
     return largest;
+}
+
+INLINE __m512i quantize_by_scale(const struct fractions *t, const struct format32 *f, enum dtype dtype,
+                                 const uint16_t *x, uint16_t *out, int64_t n) {
+    return dtype == FLOAT16 ? quantize_by_fractions(t, f, FLOAT16, NULL, NULL, x, out, n)
+                            : quantize_by_fractions(t, f, BFLOAT16, NULL, NULL, x, out, n);
 }
 
 /* The largest |q|, as quantize_vectors returns it. */

@@ -55,6 +55,7 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 
 #include "loops.h"
 #include "pack.h"
+#include "magnitudes.h"
 #include "blocks.h"
 #include "hadamard.h"
 #include "matmul.h"

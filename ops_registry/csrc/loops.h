@@ -256,22 +256,15 @@ static void NAME(wide)(const struct plan *p, const void *codes, const FLOAT *res
 #if defined(__AVX512BW__) && FRACTION_BITS == 23
 /* Whether elements by one scale could be looked up in its fractions, which are found where they are those of another.
  */
-INLINE int look_up_by(const struct plan *p, const struct format32 *f, enum dtype dtype, const uint16_t *x, float scale,
-                      struct fractions *t, uint16_t *out, int64_t n) {
+static int quantize_looked_up(const struct plan *p, const struct format32 *f, const void *x, float scale,
+                              struct fractions *t, void *out, int64_t n) {
     if (bits32(t->divisor) != bits32(scale)) {
-        find_fractions(f, dtype, scale, p->operation == PROJECT ? 1 : scale, t);
+        find_fractions(f, p->out_dtype, scale, p->operation == PROJECT ? 1 : scale, t);
     }
     if (t->first == 0) {
         return 0;
     }
-    const __m512i largest = quantize_by_fractions(t, f, dtype, NULL, NULL, x, out, n);
-    return largest_quotient(largest, dtype, scale) < FLOAT32_INFINITY;
-}
-
-static int quantize_looked_up(const struct plan *p, const struct format32 *f, const void *x, float scale,
-                              struct fractions *t, void *out, int64_t n) {
-    return p->out_dtype == FLOAT16 ? look_up_by(p, f, FLOAT16, x, scale, t, out, n)
-                                   : look_up_by(p, f, BFLOAT16, x, scale, t, out, n);
+    return largest_quotient(quantize_by_scale(t, f, p->out_dtype, x, out, n), p->out_dtype, scale) < FLOAT32_INFINITY;
 }
 #endif
 

@@ -15,9 +15,7 @@ struct thresholds {
 };
 
 INLINE int suits_thresholds(const struct blocks *b, const struct format32 *f) {
-    const struct plan *p = b->plan;
-    return p->operation == QUANTIZE && p->dtypes[X] == BFLOAT16 && p->out_dtype == BFLOAT16 && !p->is_wide &&
-           variant_of(p) == PLAIN && f->mantissa_bits == 1 &&
+    return is_narrow_and_plain(b->plan) && b->plan->out_dtype == BFLOAT16 && f->mantissa_bits == 1 &&
            f->max_value == f->min_power + (5u << (FRACTION_BITS - 1)) &&
            (b->is_power || (b->level != NULL && b->level->mantissa_bits <= 3 && b->tensor_scale >= 0x1p-126f));
 }
