@@ -218,6 +218,29 @@ def check_bfloat16_in_narrow_blocks(operator, block, device):
                 assert_same_bits(got, operand(*args, headroom, torch.bfloat16), x)
 
 
+def check_every_magnitude(operator, device):
+    """Blocks with each number of bfloat16 as the largest: most of their scales follow from others by powers of two."""
+    largest = torch.arange(1, 0x7F81)[:, None]  # to infinity
+    largest[-2] = 0x7FC0  # NaN
+    below = largest - torch.randint(3 << 7, (len(largest), 15), generator=torch.Generator().manual_seed(6))
+    rows = torch.cat([below.clamp(min=0), largest], 1).to(torch.int16).view(torch.bfloat16).view(-1, 1024)
+    rows = torch.where(torch.arange(1024) % 3 > 0, rows, -rows)
+    cases = [
+        *(("E2M1", "E4M3", factor) for factor in (1.0, 0.01, 2.0**-100 / 3, 2.0**-118 / 3, 2.0**100 / 3, 2.0**110)),
+        *(("E2M1", "E5M2", 1.7), ("E2M1", "E2M3", 2.0**-20 / 3), ("E2M1", "e4m0b7fn", 1.0), ("E2M1", "e6m1b31", 0.3)),
+        ("E2M1", "e3m3b40fn", 2.0**60),
+        ("E2M1", "e4m3b-100", 2.0**-110),  # infinite quotients
+        ("e2m1b-20f", "e5m2b-78", 2.0**-90),  # infinite products
+        ("e2m1b100f", "e2m3b56fn", 2.0**40),  # the product of the least scale and the largest value is 0
+    ]
+    for i, (name, scale_format, factor) in enumerate(cases):
+        x, tensor_scale = rows[i % 3 :: 3], torch.tensor(factor)
+        args = x, tensor_scale, name, *NEAREST, [1, 16], None, scale_format
+        assert_same_bits(operator("quantize_blocks")(*on(device, args)), by_scales(*args), x)
+        got = operator("quantize_operand")(*on(device, (*args, 1.0, torch.bfloat16)))
+        assert_same_bits(got, operand(*args, 1.0, torch.bfloat16), x)
+
+
 def check_results(op, dtype, device):
     """Other dtypes in and out, headroom, and values without the scale of the tensor."""
     for scaling in ({}, {"power_of_two": "even"}, {"scale_format": "E4M3"}):
@@ -271,6 +294,10 @@ def test_16_bits(block, dtype, implementation):
 @pytest.mark.parametrize("block", [(1, 16), (1, 32), (4, 16)], ids=str)
 def test_bfloat16_in_narrow_blocks(block, implementation):
     check_bfloat16_in_narrow_blocks(implementation[0], block, implementation[1])
+
+
+def test_scales_of_every_magnitude(implementation):
+    check_every_magnitude(*implementation)
 
 
 @pytest.mark.parametrize(("shape", "block"), BLOCKS[::2], ids=str)

@@ -30,6 +30,7 @@ struct room {
 #ifdef __AVX512BW__
     enum lookup lookup; /* by narrow blocks: the thresholds of scales, or the fractions of powers of two */
     struct thresholds classes[CLASSES];
+    struct levels levels;
     struct fractions of_one;
 #endif
 };
@@ -189,8 +190,42 @@ struct scales {
 };
 
 #ifdef __AVX512BW__
+/* Those of magnitudes from twice that of the least normal level on, where they double with these. Of bases find_bases
+ * says whether scales, and hence quotients by the format's largest value, are normal numbers. */
+static void find_levels(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c) {
+    enum { BINADE = 128, BINADES = 32, OF_OFFSETS = 2 * CLASSES };
+    struct levels *t = &r->levels;
+    const uint32_t least = r->level.min_power, most = r->level.max_value, one = 1u << FRACTION_BITS;
+    t->end = 0;
+    t->most = most;
+    t->first = (bits32(number32(least) * b->max_value * b->tensor_scale) / one + 1) * one;
+    const uint32_t end = t->first + BINADES * one;
+    if (b->headroom != 1 || variant_of(b->level) != PLAIN || end >= FLOAT32_INFINITY ||
+        number32(t->first) / b->max_value / b->tensor_scale < number32(least) ||
+        number32(end) / b->max_value / b->tensor_scale >= 0x1p127f) {
+        return;
+    }
+    for (uint32_t i = 0; i < BINADE; i++) {
+        r->amax[i] = number32(t->first + (i << 16));
+    }
+    scales_of(b, r, c, BINADE);
+    fill_levels(r->quotients, t);
+    for (uint32_t i = 0; i < OF_OFFSETS; i++) { /* all classes with the least exponent and with the largest */
+        const float level =
+            number32(((i < CLASSES ? least : most) & ~(one - 1)) | (i % CLASSES) << (FRACTION_BITS - 3));
+        r->quotients[i] = level;
+        c->divisor[i] = level * b->tensor_scale;
+        c->multiplier[i] = b->with_tensor_scale ? c->divisor[i] : level;
+    }
+    if (find_bases(f, c->divisor, c->multiplier, r->quotients, OF_OFFSETS, &c->bases)) {
+        t->end = end;
+        fill_offsets(c->bases.both, least >> 16, t);
+    }
+}
+
 /* What serves the narrow blocks of n elements; scales of wide ones have fractions of their own. */
-static void prepare_lookup(const struct blocks *b, const struct format32 *f, struct room *r, int64_t n) {
+static void prepare_lookup(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c,
+                           int64_t n) {
     r->lookup = NO_LOOKUP;
     if (n < 16 * CHUNK) { /* finding takes as long as they do */
         return;
@@ -198,6 +233,10 @@ static void prepare_lookup(const struct blocks *b, const struct format32 *f, str
     if (suits_thresholds(b, f)) {
         r->lookup = THRESHOLDS;
         find_classes(b, f, r->classes);
+        r->levels.end = 0;
+        if (b->level != NULL) {
+            find_levels(b, f, r, c);
+        }
     } else if (b->is_power && b->headroom >= 0x1p-20f && b->plan->out_dtype == BFLOAT16 &&
                suits_fractions(b->plan, f, CHUNK)) { /* no quotient is infinite */
         find_fractions(f, BFLOAT16, 1, 1, &r->of_one);
@@ -205,15 +244,20 @@ static void prepare_lookup(const struct blocks *b, const struct format32 *f, str
     }
 }
 
+/* Whether narrow blocks of this width lie in vectors of their own. */
+INLINE int is_whole(const struct room *r, const struct strip *s, int64_t width) {
+    return r->lookup != NO_LOOKUP && (width == 32 || (width == 16 && r->lookup == THRESHOLDS)) && s->n % 32 == 0;
+}
+
 /* What serves a strip with count scales, one for as many columns as width: where all of them are numbers, and hence
  * what they are made from, and where an infinite quotient would count, there is none. */
 static enum lookup find_lookup(const struct blocks *b, const struct format32 *f, const struct room *r,
                                struct columns *c, const struct strip *s, int64_t width, int64_t count) {
-    const int is_vector = width == 32 || (width == 16 && r->lookup == THRESHOLDS);
     const float *levels = b->level == NULL ? c->divisor : r->quotients; /* powers of two are of class 0 */
     if (width < LONG_RUN || !suits_fractions(b->plan, f, s->is_long ? width : width * s->pieces)) {
-        const int is_whole = r->lookup != NO_LOOKUP && is_vector && s->n % 32 == 0;
-        return is_whole && find_bases(f, c->divisor, c->multiplier, levels, count, &c->bases) ? r->lookup : NO_LOOKUP;
+        const int is_found =
+            is_whole(r, s, width) && find_bases(f, c->divisor, c->multiplier, levels, count, &c->bases);
+        return is_found ? r->lookup : NO_LOOKUP;
     }
     for (int64_t block = 0; block < count; block++) {
         find_fractions(f, b->plan->out_dtype, c->divisor[block], c->multiplier[block], &c->fractions[block]);
@@ -255,6 +299,12 @@ static struct scales find_scales(const struct blocks *b, const struct format32 *
     const enum dtype dtype = b->plan->dtypes[X];
     const void *magnitudes = has_rows(s) ? (const char *)&c->most : b->x + s->at * size_of(dtype);
     most_of_row(magnitudes, dtype, n, width, r->amax);
+#ifdef __AVX512BW__
+    if (is_whole(r, s, width) && r->lookup == THRESHOLDS && r->levels.end > 0 &&
+        look_up_levels(&r->levels, r->amax, count, &c->bases)) {
+        return (struct scales){NULL, NULL, 0, THRESHOLDS};
+    }
+#endif
     for (int64_t block = 0; block < count; block++) {
         r->amax[block] *= b->headroom;
     }
@@ -324,12 +374,12 @@ static void blocks_range(const struct blocks *b, int64_t begin, int64_t end) {
     if (b->level != NULL) {
         room.level = prepare32(b->level);
     }
-#ifdef __AVX512BW__
-    prepare_lookup(b, &f, &room, (end - begin) * b->span * b->height);
-#endif
     for (int64_t i = 0; i < CHUNK; i++) {
         room.ones[i] = 1;
     }
+#ifdef __AVX512BW__
+    prepare_lookup(b, &f, &room, columns, (end - begin) * b->span * b->height);
+#endif
     int64_t across = begin % b->strips_across, down = begin / b->strips_across % b->strips_down;
     int64_t matrix = begin / b->strips_across / b->strips_down;
     for (int64_t number = begin, n; number < end; number += n) {

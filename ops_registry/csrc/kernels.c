@@ -48,6 +48,7 @@ enum {
 #include "avx512.h"
 #include "fractions.h"
 #include "thresholds.h"
+#include "levels.h"
 /* In wide.h: numbers to values of the format in place, values to codes, codes to values. */
 static void wide_project(const struct plan *p, double *numbers, const uint32_t *random, int64_t n);
 static void wide_encode(const struct plan *p, const double *values, void *codes, int64_t n);
