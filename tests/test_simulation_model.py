@@ -237,6 +237,62 @@ def test_delayed_scaling_by_hand():
     assert seen == torch.tensor([2.0, 4.0, 4.0, 4.0, 2 / 448, 2 / 448]).tolist()
 
 
+def test_each_rule_has_a_history_of_its_own():
+    recipe = Recipe("two", (Rule("E4M3", history=1), Rule("E4M3", history=4)))
+    layer = nn.Linear(2, 2, bias=False)
+    simulation = simulate(layer, recipe)
+    for amax in (896.0, 4.48):
+        nn.init.constant_(layer.weight, amax)
+        layer(torch.full((1, 2), amax))
+        simulation.step()
+    assert layer.simulation.scales[0, :2].tolist() == torch.tensor([4.48 / 448, 2.0]).tolist()
+
+
+def test_states_are_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        state = SimulationState("fp8_delayed")
+        y = linear(
+            torch.ones(1, 1).float(), torch.ones(1, 1).float(), None, Recipe("fixed", (Rule("E4M3", scale=0.3), None))
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {buffer.dtype for buffer in state.buffers()} == {torch.float32}
+    assert y.item() == (3.25 * torch.tensor(0.3)).item()
+
+
+def test_a_state_of_other_sizes_is_refused_as_a_whole():
+    def model(length=2, attention=True):
+        layers = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 1))
+        return simulate(layers, Recipe("d", (Rule("E4M3", history=length), None)), attention=attention)
+
+    state = model().state_dict()
+    state["0"]["step"] = 5
+    for other in (model(length=1), model(length=4), model(attention=False)):
+        with pytest.raises(ValueError, match="does not fit: is the model simulated by the same recipes"):
+            other.load_state_dict(state)
+        assert other.states["0"].step == 0
+
+
+def test_names_that_are_patterns_or_a_key_of_recipes():
+    model = nn.Module()
+    for name in ("a[0]", "name", "b"):
+        model.add_module(name, nn.Linear(4, 4))
+    simulation = simulate(model, {"name": "mxfp8", "*": "nvfp4"})
+    recipes = json.loads(simulation.to_json())
+    restore(model)
+    rows = {row.module: row.recipe for row in simulate(model, recipes).rows}
+    assert rows == {"a[0]": "nvfp4", "name": "mxfp8", "b": "nvfp4"}
+
+
+def test_the_input_by_its_name():
+    for layer, x in ((nn.Linear(8, 4), torch.randn(2, 8)), (nn.Conv1d(2, 3, 2), torch.randn(2, 2, 5))):
+        simulate(layer, "mxfp8")
+        assert torch.equal(layer(input=x), layer(x))
+        with pytest.raises(TypeError):
+            layer(x, input=x)
+
+
 def test_delayed_scaling_sees_gradients():
     layer = nn.Linear(4, 3)
     simulation = simulate(layer, "fp8_delayed")
@@ -279,6 +335,22 @@ def compare_attention(make, *args, **kwargs):
         assert len(results[0]) == len(results[1])
         for a, b in zip(*results):
             assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_key_and_contiguous_output_as_in_torch():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    x, padding = torch.randn(4, 2, 8), torch.tensor([[False] * 4, [True] * 4])
+    want = layer(x, src_key_padding_mask=padding)
+    simulate(layer, Recipe("high"))
+    got = layer(x, src_key_padding_mask=padding)
+    assert torch.allclose(got, want, atol=1e-5) and got.is_contiguous()
+    got.square().sum().backward()
+    assert not any(p.grad.isnan().any() for p in layer.parameters())
+
+
+def test_a_skipped_attention_has_no_simulated_layer():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    assert list(simulate(model, "mxfp4", skip=["attention"]).states) == ["linear"]
 
 
 class TestMultiheadAttention:
@@ -419,6 +491,13 @@ def twice():
     return model
 
 
+def wrapped():
+    """As what hooks itself into a model does."""
+    model = net()
+    model.blocks[1].up.forward = model.blocks[1].up.forward
+    return model
+
+
 @pytest.mark.parametrize(
     "make, arguments, error, message",
     [
@@ -433,6 +512,8 @@ def twice():
         (lambda: torch.compile(net()), ["mxfp8"], ValueError, "the model is compiled: simulate first"),
         (quantized, ["mxfp8"], ValueError, "1 has a weight of torch.int8: is it quantized"),
         (lambda: nn.LazyLinear(3), ["mxfp8"], ValueError, "the model is not initialized"),
+        (wrapped, ["mxfp8"], ValueError, "blocks.1.up has a forward of its own, which would be called instead"),
+        (net, [{3: "mxfp8"}], TypeError, "patterns must be strings, got 3"),
     ],
 )
 def test_bad_input_leaves_the_model(make, arguments, error, message):
@@ -444,7 +525,27 @@ def test_bad_input_leaves_the_model(make, arguments, error, message):
         assert [type(m) for m in model.modules()] == types_before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip": "head"}, "skip must be patterns, a list for one too, got 'head'"),
+        ({"skip": [3]}, "patterns must be strings, got 3"),
+        ({"seed": None}, "seed must be an integer, got None"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(TypeError, match=message):
+        simulate(net(), "mxfp8", **options)
+
+
 def test_bad_input_to_the_others():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got 3"):
+        restore(3)
+    model = net()
+    simulate(model, "mxfp8")
+    model.head.forward = model.head.forward
+    with pytest.raises(ValueError, match="head got a forward of its own after simulate"):
+        restore(model)
     with pytest.raises(ValueError, match="no simulated layer"):
         restore(net())
     with pytest.raises(ValueError, match="pattern 'heads' matches no layer"):

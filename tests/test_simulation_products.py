@@ -11,7 +11,19 @@ from conftest import DTYPES, all_inputs, assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad.quantization import E4M3, PerAxis, PerBlock, PerTensor, compute_scale, quantize, quantize_blocks
-from altgrad.simulation import RECIPES, Product, Recipe, Rule, attention, conv, linear, matmul, operands, products
+from altgrad.simulation import (
+    RECIPES,
+    Product,
+    Recipe,
+    Rule,
+    SimulationState,
+    attention,
+    conv,
+    linear,
+    matmul,
+    operands,
+    products,
+)
 from altgrad.simulation.operands import State, quantize_operand, restored, stored
 from altgrad.simulation.products import ProductState
 from ops_registry.modes import SATURATIONS
@@ -152,6 +164,51 @@ def test_operands_of_sixteen_bits_are_exact(recipe):
                 assert narrow.values.dtype == torch.bfloat16
 
 
+AGAIN = Rule(None, source="forward")
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 8)], ids=str)
+def test_the_forward_operand_with_scales_of_rows_again(shape):
+    """Its scales lie along the contraction of the product for the gradient, and are in the operand there."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 8, generator=generator) * torch.arange(1.0, n + 1)[:, None] for n in shape)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    dy = torch.randn(*shape, generator=generator)
+    rows, f = Rule("E4M3", per="row"), "E4M3"
+    recipe = Recipe("again", (rows, rows), grad_input=(None, AGAIN), grad_weight=(None, AGAIN))
+    of_x, of_w = torch.autograd.grad(linear(x, w, None, recipe), (x, w), dy)
+    values = [quantize(t, f, compute_scale(t, f, granularity=PerAxis(0))).detach() for t in (x, w)]
+    assert torch.allclose(of_x, dy @ values[1], rtol=1e-5, atol=1e-4)
+    assert torch.allclose(of_w, dy.T @ values[0], rtol=1e-5, atol=1e-4)
+
+
+def test_the_forward_operand_again_is_not_rounded_to_bfloat16():
+    w, dy = torch.randn(16, 16).half(), torch.randn(4, 16).half()
+    x = torch.zeros(4, 16).half().requires_grad_()
+    recipe = Recipe("again", (None, Rule("E4M3")), grad_input=Product(None, AGAIN, 16))
+    (got,) = torch.autograd.grad(linear(x, w, None, recipe), x, dy)
+    value = quantize(w.float(), "E4M3", compute_scale(w.float(), "E4M3")).double()
+    assert (got - dy.double() @ value).norm() < 2**-11 * got.double().norm()
+
+
+@pytest.mark.parametrize("per", [32, (3, 32)], ids=str)
+def test_a_percentile_is_one_of_numbers_that_are_there(per):
+    """Not of the zeros that fill up the last block."""
+    x = torch.full((8, 40), 3.0)
+    x[:, 32:] = 1000 * torch.arange(1.0, 9)
+    block = PerBlock(per if isinstance(per, tuple) else (1, per))
+    want = quantize_blocks(x, "E4M3", granularity=block, method="percentile", fraction=0.5)
+    recipe = Recipe("percentile", (Rule("E4M3", per=per, method="percentile", fraction=0.5), None))
+    assert_same_bits(linear(x, torch.eye(40), None, recipe), want)
+
+
+def test_a_format_with_values_below_bfloat16s():
+    x, recipe = torch.randn(4, 8).bfloat16(), Recipe("far", (Rule("e2m1b140f"), None))
+    want = linear(x.float(), torch.eye(8), None, recipe).bfloat16()
+    assert want.count_nonzero() == want.numel()
+    assert_same_bits(linear(x, torch.eye(8).bfloat16(), None, recipe), want)
+
+
 def test_bias_has_no_rounding_of_its_own():
     """In bfloat16, 256 + 1 is 256; the product is not rounded before the bias is added."""
     x, w, bias = (torch.tensor(t).bfloat16() for t in ([[256.0, 1.0]], [[1.0, 1.0]], [1.0]))
@@ -206,6 +263,37 @@ class TestFunctions:
         for recipe in ("mxfp4", "fp8_current", "fp8_block"):
             want = linear(patches, w.flatten(1), None, recipe).view(2, 4, 4, 7).permute(0, 3, 1, 2)
             assert torch.equal(conv(x, w, None, recipe), want)
+
+    @pytest.mark.parametrize("d", [1, 2, 3])
+    def test_convolutions_are_laid_out_like_torchs(self, d):
+        function = [torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d][d - 1]
+        x, w = torch.randn(2, 3, *(8,) * d), torch.randn(6, 3, *(3,) * d)
+        layouts = [x] if d == 1 else [x, x.to(memory_format=[torch.channels_last, torch.channels_last_3d][d - 2])]
+        for given in layouts:
+            assert conv(given, w, None, "mxfp8").stride() == function(given, w).stride()
+        for options in ({"stride": (2,)}, {"padding": (1,)}, {"dilation": (2,)}):
+            want = function(x, w, **options)
+            assert torch.allclose(conv(x, w, None, Recipe("high"), **options), want, rtol=1e-4, atol=1e-4)
+        assert conv(x[:0], w, None, "mxfp8").shape == function(x[:0], w).shape
+
+    @pytest.mark.parametrize(
+        "mask", [torch.ones(6, 6).tril(-2).bool(), torch.full((6, 6), -torch.inf).triu(-1)], ids=str
+    )
+    def test_a_query_without_keys_is_zero(self, mask):
+        """As in torch's attention, and no gradient is NaN."""
+        q, k, v = (torch.randn(2, 6, 8, requires_grad=True) for _ in range(3))
+        got, want = (
+            f(q, k, v, *recipe, attn_mask=mask)
+            for f, recipe in (
+                (attention, [Recipe("high")]),
+                (torch.nn.functional.scaled_dot_product_attention, []),
+            )
+        )
+        assert torch.allclose(got, want, atol=1e-6)
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (got, want))):
+            assert torch.allclose(a, b, atol=1e-5)
+        low = attention(*(t.bfloat16() for t in (q, k, v)), "mxfp8", attn_mask=mask)
+        assert low.dtype == torch.bfloat16 and not low.isnan().any()
 
     @pytest.mark.parametrize(
         "options",
@@ -318,11 +406,17 @@ def test_transforms_of_functions():
     assert torch.equal(gradient, layer.weight.grad)
 
 
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp8_current", "unit_scaled_fp8"])  # these keep both operands
+def test_a_penalty_on_a_gradient_raises(recipe):
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    for value in (linear(x, w, None, recipe).sum(), linear(x, w, None, recipe).square().sum()):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            (value + gradient.square().sum()).backward()
+
+
 def test_a_second_differentiation_raises():
     x, w = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(linear(x, w, None, "mxfp8").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        gradient.sum().backward()
 
     def once(x):
         return torch.func.grad(lambda x: linear(x, w.detach(), None, "mxfp8").square().sum())(x).sum()
@@ -331,6 +425,9 @@ def test_a_second_differentiation_raises():
         torch.func.grad(once)(x.detach())
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: linear(x, w.detach(), None, "mxfp8"), (x.detach(),), (x.detach(),))
+
+
+IMAGE = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +442,19 @@ def test_a_second_differentiation_raises():
         (lambda x, w: matmul(x, w), ValueError, "must share K"),
         (lambda x, w: conv(x, w), ValueError, "must agree"),
         (lambda x, w: attention(x, x, x, attn_mask=x, is_causal=True), ValueError, "not both"),
+        (lambda x, w: attention(x, x, x, attn_mask=x.int()), TypeError, "attn_mask must be boolean or floating"),
+        (
+            lambda x, w: attention(*[torch.ones(n, 2, 4) for n in (4, 3, 3)], enable_gqa=True),
+            ValueError,
+            r"multiples of those of key and value, got \[4, 3, 3\]",
+        ),
+        (lambda x, w: linear(x, w, state=SimulationState("nvfp4")), TypeError, r"what SimulationState.of\(\) gives"),
+        (lambda x, w: conv(*IMAGE, padding=-1), ValueError, "padding must be one or 2 integers of at least 0, got -1"),
+        (lambda x, w: conv(*IMAGE, padding="sme"), ValueError, "padding must be 'same', 'valid' or .* got 'sme'"),
+        (lambda x, w: conv(*IMAGE, padding="same", stride=2), ValueError, "'same' needs a stride of 1, got 2"),
+        (lambda x, w: conv(*IMAGE, stride=(1, 1, 1)), ValueError, "stride must be one or 2 integers of at least 1"),
+        (lambda x, w: conv(*IMAGE, dilation=0), ValueError, "dilation must be one or 2 integers of at least 1, got 0"),
+        (lambda x, w: conv(*IMAGE, torch.ones(1)), ValueError, r"bias must be \[4\].*got \(1,\)"),
     ],
 )
 def test_bad_input(call, error, message):

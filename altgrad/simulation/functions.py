@@ -5,6 +5,7 @@ state is given; delayed scaling needs a state.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def linear(
         weight: [N, K], of x's dtype.
         bias: [N]; it and its gradient stay in high precision.
         recipe: a :class:`Recipe` or the name of one in RECIPES.
-        state: seeds and delayed scales, see :class:`SimulationState`.
+        state: seeds and delayed scales: what ``SimulationState.of()`` gives.
 
     Returns:
         [..., N] in x's dtype: accumulated in float32 (float64) and rounded once.
@@ -108,6 +109,9 @@ def conv(
         stride, padding, dilation, groups: as in torch; padding also ``"same"`` or ``"valid"``.
         bias, recipe, state: as in :func:`linear`, and so are the errors.
 
+    Returns:
+        [batch, N, ...] or [N, ...] in x's dtype: contiguous, but for channels_last where x is.
+
     Example:
         >>> import torch
         >>> from altgrad.simulation import conv
@@ -117,7 +121,8 @@ def conv(
     x, weight, bias = _cast(x, weight, bias)
     sizes = weight.shape[2:]
     d = len(sizes)
-    if not 1 <= d <= 3 or x.ndim not in (d + 1, d + 2) or x.shape[-d - 1] != weight.shape[1] * groups:
+    is_image = 1 <= d <= 3 and x.ndim in (d + 1, d + 2)
+    if not is_image or groups < 1 or x.shape[-d - 1] != weight.shape[1] * groups or weight.shape[0] % groups:
         raise ValueError(
             f"x [batch, channels, ...] and weight [out, channels / groups, *kernel] must agree, "
             f"got {tuple(x.shape)}, {tuple(weight.shape)} and groups={groups}"
@@ -125,14 +130,21 @@ def conv(
     if x.ndim == d + 1:
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "state": state}
         return conv(x.unsqueeze(0), weight, bias, recipe, **options).squeeze(0)  # type: ignore[arg-type]
-    columns, positions = _patches(x, sizes, _tuple(stride, d), padding, _tuple(dilation, d), groups)
-    rows = weight.reshape(groups, -1, columns.shape[-1])
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], as weight has output channels, got {tuple(bias.shape)}")
+    steps = _sizes("stride", stride, d, 1)
+    if padding == "same" and any(step != 1 for step in steps):
+        raise ValueError(f"padding='same' needs a stride of 1, got {stride!r}")
+    columns, positions = _patches(x, sizes, steps, padding, _sizes("dilation", dilation, d, 1), groups)
+    rows = weight.reshape(groups, weight.shape[0] // groups, columns.shape[-1])
     if groups == 1:
         y = _product(columns[0], rows[0], bias, recipe, state).unsqueeze(0)
     else:
         y = _product(columns, rows, None if bias is None else bias.view(groups, 1, -1), recipe, state)
-    y = y.unflatten(1, (x.shape[0], -1)).permute(1, 0, 3, 2)  # batch, group, channel of the group, position
-    return y.reshape(x.shape[0], weight.shape[0], *positions)
+    y = y.unflatten(1, (x.shape[0], prod(positions))).permute(1, 0, 3, 2)  # batch, group, channel of it, position
+    y = y.reshape(x.shape[0], weight.shape[0], *positions)
+    is_channels_last = d > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return y if is_channels_last else y.contiguous()
 
 
 def attention(
@@ -167,20 +179,35 @@ def attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("give attn_mask or is_causal, not both")
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be boolean or floating point, got {attn_mask.dtype}")
     if enable_gqa:
+        heads = [t.shape[-3] for t in (query, key, value)]
+        if any(heads[0] % n for n in heads[1:]):
+            raise ValueError(
+                f"enable_gqa needs heads of query that are multiples of those of key and value, got {heads}"
+            )
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     scores = matmul(query, key.mT, recipe, state=states[0]) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
         is_choice = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_choice else scores + attn_mask
-    weights = dropout(scores.softmax(-1), dropout_p)
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_choice else scores + attn_mask.to(scores.dtype)
+    weights = dropout(softmax(scores), dropout_p)
     return matmul(weights, value, recipe, state=states[1])
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Along the last dimension; 0 where all scores are -inf, as in torch's attention, and so are the gradients."""
+    is_empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe | str, state: ProductState | None) -> Tensor:
     recipe = as_recipe(recipe)
+    if not isinstance(state, ProductState | None):
+        raise TypeError(f"state must be what SimulationState.of() gives, got a {type(state).__name__}")
     if state is None:
         if recipe.history:
             raise ValueError(
@@ -217,7 +244,10 @@ def _patches(
     if padding == "same":
         sides = [((span - 1) // 2, span - 1 - (span - 1) // 2) for span in spans]
     else:
-        sides = [(side, side) for side in _tuple(0 if padding == "valid" else padding, d)]  # type: ignore[arg-type]
+        around = 0 if padding == "valid" else padding
+        if isinstance(around, str):
+            raise ValueError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+        sides = [(side, side) for side in _sizes("padding", around, d, 0)]
     if any(map(any, sides)):
         x = pad(x, [side for pair in reversed(sides) for side in pair])
     for i in range(d):
@@ -225,8 +255,12 @@ def _patches(
     positions = list(x.shape[2 : 2 + d])
     x = x.unflatten(1, (groups, -1))  # batch, group, channel, positions, kernel
     x = x.permute(1, 0, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d))
-    return x.reshape(groups, x.shape[1] * torch.Size(positions).numel(), -1), positions
+    return x.reshape(groups, x.shape[1] * prod(positions), x.shape[2 + d] * prod(sizes)), positions
 
 
-def _tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
-    return (value,) * n if isinstance(value, int) else tuple(value)
+def _sizes(name: str, value: int | Sequence[int], d: int, least: int) -> tuple[int, ...]:
+    """A size for each dimension from one or from as many."""
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    if len(sizes) not in (1, d) or not all(isinstance(size, int) and size >= least for size in sizes):
+        raise ValueError(f"{name} must be one or {d} integers of at least {least}, got {value!r}")
+    return sizes * (d // len(sizes))

@@ -7,6 +7,7 @@ it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -136,9 +137,14 @@ def simulated_class(base: type) -> Any:
 def _derive(base: Any) -> type:
     kind = kind_of(base)
     assert kind is not None
+    first = [*signature(base.forward).parameters][1]  # each class has its own name for the input
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (kind.forward if self.simulation.enabled else base.forward)(self, *args, **kwargs)
+        if not self.simulation.enabled:
+            return base.forward(self, *args, **kwargs)
+        if first in kwargs:
+            args = kwargs.pop(first), *args
+        return kind.forward(self, *args, **kwargs)
 
     return type(f"Simulated{base.__name__}", (Simulated, base), {"forward": forward, "__doc__": base.__doc__})
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -80,7 +81,10 @@ class Simulation:
         advance(self.states.values(), process_group)
 
     def to_json(self) -> str:
-        """The recipe of every simulated layer by name, for :func:`simulate`: ``simulate(model, json.loads(text))``."""
+        """The recipe of every simulated layer by name, for :func:`simulate`: ``simulate(model, json.loads(text))``.
+
+        Whether the products of attention are simulated is not in it.
+        """
         return json.dumps({name: json.loads(state.recipe.to_json()) for name, state in self.states.items()}, indent=1)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -98,8 +102,10 @@ class Simulation:
         """
         states = self.states
         for name in states.keys() | state_dict.keys():
-            ours = set() if name not in states else {key for key, _ in states[name].named_buffers()}
-            if name not in states or name not in state_dict or ours | {"seed", "step"} != set(state_dict[name]):
+            ours = {} if name not in states else dict(states[name].named_buffers())
+            theirs = state_dict.get(name, {})
+            is_one = name in states and ours.keys() | {"seed", "step"} == theirs.keys()
+            if not is_one or any(theirs[key].shape != buffer.shape for key, buffer in ours.items()):
                 raise ValueError(f"the state of {name!r} does not fit: is the model simulated by the same recipes?")
         for name, state in states.items():
             state.seed, state.step = state_dict[name]["seed"], state_dict[name]["step"]
@@ -145,6 +151,10 @@ def simulate(
         2       linear  4x16   nvfp4
     """
     _check_model(model)
+    if isinstance(skip, str):
+        raise TypeError(f"skip must be patterns, a list for one too, got {skip!r}")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     layers = {name: (layer, kind) for name, layer in model.named_modules() if (kind := kind_of(type(layer)))}
     chosen = _choose(layers, recipe, list(skip))
     if not chosen:
@@ -172,7 +182,8 @@ def restore(model: nn.Module) -> None:
     """Undoes :func:`simulate`: every layer has its own class again.
 
     Raises:
-        ValueError: a model without simulated layers, or a layer whose class was changed after simulate.
+        TypeError, ValueError: no module, a model without simulated layers, or a layer whose class or forward method was
+            changed after simulate.
 
     Example:
         >>> import torch
@@ -183,12 +194,16 @@ def restore(model: nn.Module) -> None:
         >>> type(model)
         <class 'torch.nn.modules.linear.Linear'>
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Simulated)]
     if not layers:
         raise ValueError("the model has no simulated layer")
     for name, layer in layers:
         if type(layer).__bases__[0] is not Simulated:
             raise ValueError(f"{name} became a {type(layer).__name__} after simulate: undo that first")
+        if "forward" in vars(layer):
+            raise ValueError(f"{name or 'the model'} got a forward of its own after simulate: undo that first")
     for _, layer in layers:
         switch_back(layer)
     _open_fast_paths(model)
@@ -259,6 +274,8 @@ def _check_model(model: nn.Module) -> None:
 def _check_layer(name: str, layer: nn.Module) -> None:
     if hasattr(layer, "simulation"):
         raise ValueError(f"{name or 'the model'} has an attribute named simulation")
+    if "forward" in vars(layer):
+        raise ValueError(f"{name or 'the model'} has a forward of its own, which would be called instead")
     parameters = list(layer.parameters())
     if not parameters:
         raise ValueError(f"{name or 'the model'}, a {type(layer).__name__}, has no parameters: is it quantized?")
@@ -271,18 +288,30 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 
 def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: list[str]) -> dict[str, Recipe]:
     """The recipes of the layers that get one, by name."""
-    is_patterns = isinstance(recipe, Mapping) and "name" not in recipe
+    is_recipe = isinstance(recipe, Mapping) and recipe.keys() <= {f.name for f in fields(Recipe)}
+    is_patterns = isinstance(recipe, Mapping) and not (is_recipe and isinstance(recipe.get("name"), str))
     patterns: dict[str, Any] = dict(recipe) if is_patterns else {"*": recipe}  # type: ignore[arg-type]
+    for pattern in (*patterns, *skip):
+        if not isinstance(pattern, str):
+            raise TypeError(f"patterns must be strings, got {pattern!r}")
     recipes = {pattern: None if value is None else as_recipe(value) for pattern, value in patterns.items()}
     for pattern in (*(recipes if is_patterns else ()), *skip):
-        if not any(fnmatchcase(name, pattern) for name in layers):
+        if not any(_matches(name, pattern) for name in layers):
             raise ValueError(
                 f"pattern {pattern!r} matches no layer that can be simulated: {', '.join(layers) or 'none'}"
             )
     chosen = {}
     for name in layers:
-        if not any(fnmatchcase(name, pattern) for pattern in skip):
-            match = next((value for pattern, value in recipes.items() if fnmatchcase(name, pattern)), None)
+        if not any(_matches(name, pattern) for pattern in skip):
+            match = next((value for pattern, value in recipes.items() if _matches(name, pattern)), None)
             if match is not None:
                 chosen[name] = match
+    for name, (layer, _) in layers.items():
+        if isinstance(layer, nn.MultiheadAttention) and name not in chosen:  # which reads this layer's weight itself
+            chosen.pop(f"{name}.out_proj".removeprefix("."), None)
     return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A name is its own pattern, whatever characters it has."""
+    return name == pattern or fnmatchcase(name, pattern)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
-from .functions import linear, matmul
+from .functions import linear, matmul, softmax
 
 PROJECTIONS = 3
 PRODUCTS = 5  # with the two of attention
@@ -50,14 +50,15 @@ def attend(
         mask = None if mask is None else pad(mask, (0, 1))
     q, k, v = (t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = _multiply(layer, q, k.mT, PROJECTIONS) * q.shape[-1] ** -0.5
-    weights = (scores if mask is None else scores + mask).softmax(-1)
+    scores = scores if mask is None else scores + mask
+    weights = scores.softmax(-1) if need_weights else softmax(scores)  # as torch, which has NaN to show for no key
     weights = dropout(weights, layer.dropout, layer.training)
     out = _multiply(layer, weights, v, PROJECTIONS + 1).transpose(1, 2).flatten(-2)
     out = layer.out_proj(out)
     shown = (weights.mean(1) if average_attn_weights else weights) if need_weights else None
     if not is_batched:
         return out.squeeze(0), None if shown is None else shown.squeeze(0)
-    return (out if layer.batch_first else out.transpose(0, 1)), shown
+    return (out if layer.batch_first else out.transpose(0, 1).contiguous()), shown
 
 
 def _project(layer: Any, *inputs: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ from ops_registry.scales import block_level
 from ops_registry.sharding import whole
 
 from ..quantization.formats import FP8Format, resolve
-from ..quantization.granularity import PerTensor
+from ..quantization.granularity import PerBlock, PerTensor
 from ..quantization.magnitudes import amax, percentile
 from ..quantization.ops import quantize
 from ..quantization.scaling import _least_error, _rounded_scale, factors_of
@@ -125,7 +125,7 @@ def quantize_operand(
     view, dims = blocked(x, block)
     if bits is not None and view.numel() != x.numel():
         bits, _ = blocked(random_bits(bits, x.shape), block)
-    source = in_memory if rule.per == "tensor" and not transform else view
+    source = in_memory if rule.per == "tensor" and not transform else x if rule.method == "percentile" else view
     scales = find_scales(view, source, tuple(dims), rule, f, state)
     if is_apart:
         values = unblocked(projected(view, scales.divisor, f, rule, dtype, bits), x, block)
@@ -225,12 +225,13 @@ def operand_dtype(dtype: torch.dtype, rule: Rule | None) -> torch.dtype:
     """bfloat16 for 16-bit x where it holds the values exactly, else float32; float32 and float64 stay."""
     if rule is None or rule.format is None or dtype in (torch.float32, torch.float64):
         return dtype
-    bits = 1 + resolve(rule.format).mantissa_bits
+    f = resolve(rule.format)
+    bits = 1 + f.mantissa_bits
     if rule.scale_format is not None:
         bits += 1 + resolve(rule.scale_format).mantissa_bits
     elif rule.power_of_two is None and rule.per not in ("tensor", "row"):
         bits += 24
-    return torch.bfloat16 if bits <= BFLOAT16_BITS else torch.float32
+    return torch.bfloat16 if bits <= BFLOAT16_BITS and f.smallest_subnormal >= 2.0**-133 else torch.float32
 
 
 def block_of(rule: Rule, x: Tensor) -> list[int]:
@@ -243,7 +244,7 @@ def block_of(rule: Rule, x: Tensor) -> list[int]:
 def find_scales(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, state: State) -> Scales:
     """The scales of a view in blocks of x, with the amax of x; as :func:`altgrad.quantization.compute_scale`."""
     if rule.scale is not None:
-        fixed = torch.full((), rule.scale, device=view.device)
+        fixed = torch.full((), rule.scale, dtype=torch.float32, device=view.device)
         return Scales(fixed, None, None if rule.scale == 1 else fixed)
     if rule.history:
         if state.amax is not None:
@@ -251,7 +252,7 @@ def find_scales(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule, f: F
         assert state.scale is not None
         return Scales(state.scale, None, state.scale)
     is_percentile = rule.method == "percentile"
-    statistic = percentile(view, dims, rule.fraction) if is_percentile else rounded_amax(x, dims)
+    statistic = percentile_of(view, x, dims, rule) if is_percentile else rounded_amax(x, dims)
     if rule.headroom != 1:
         statistic = statistic * rule.headroom
     if rule.scale_format is not None:
@@ -276,6 +277,14 @@ def rounded_amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """
     largest = amax(x, dims)
     return rounded_to_bfloat16(largest) if may_be_unrounded(x) else largest
+
+
+def percentile_of(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule) -> Tensor:
+    """That of the blocks of x, without the zeros that fill up the last ones of its view."""
+    if view.numel() == x.numel():
+        return percentile(view, dims, rule.fraction)
+    of_blocks = PerBlock(tuple(block_of(rule, x))).apply(partial(percentile, fraction=rule.fraction), x, compact=True)
+    return of_blocks.reshape([1 if dim in dims else size for dim, size in enumerate(view.shape)])
 
 
 def _two_levels(view: Tensor, dims: tuple[int, ...], rule: Rule, f: FP8Format, statistic: Tensor) -> Scales:

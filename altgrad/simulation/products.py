@@ -90,7 +90,9 @@ class _Product(torch.autograd.Function):
         if (
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
         ):  # compiled backward passes raise by themselves
-            origins = [t for t in (grad, *ctx.saved_tensors[:2]) if t is not None]
+            # Where operands were kept there is none of what they came from: a leaf stands for it.
+            leaf = torch.empty(0, device=grad.device, requires_grad=True)
+            origins = [t for t in (grad, leaf, *ctx.saved_tensors[:2]) if t is not None]
             gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
         return *gradients, *(None,) * 5
 
@@ -216,9 +218,11 @@ def backward_operand(
         return quantize_operand(transposed(source), rules.right, rules.hadamard, state, is_apart=is_apart)
     if rules.right is None or rules.right.source != "forward":
         return kept.transposed
-    if rules.right.format is None and not rules.hadamard:
+    if rules.right.format is None and not rules.hadamard and (kept.scale is None or kept.scale.ndim == 0):
         return kept.transposed
-    x = kept.values if kept.scale is None else kept.values * kept.scale
+    x = kept.values
+    if kept.scale is not None:  # in float32: the product of a 16-bit tensor with a number would be rounded
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) * kept.scale
     return quantize_operand(transposed(x), rules.right, rules.hadamard, state, dtype, is_apart)
 
 

@@ -91,6 +91,10 @@ class Rule(_Data):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        for name in ("fraction", "scale", "headroom"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (name == "scale" and value is None):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction must be from 0 to 1, got {self.fraction!r}")
         for name in ("scale", "headroom"):
@@ -115,6 +119,8 @@ class Rule(_Data):
         rounded = self.power_of_two is not None or self.scale_format is not None
         if sum((bool(self.history), self.scale is not None, rounded)) > 1:
             raise ValueError("scale, history and a rounded scale exclude each other: give one of them")
+        if (self.history or self.scale is not None) and self.method != METHODS[0]:
+            raise ValueError(f"a fixed or delayed scale has no other method than {METHODS[0]!r}, got {self.method!r}")
         if self.headroom != 1 and self.scale is not None:
             raise ValueError("headroom is for a scale of amax or of a percentile, not for a fixed one")
 
@@ -310,21 +316,25 @@ class Recipe(_Data):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
         """The recipe of parsed JSON."""
-        products = {}
+        data, products = _checked(cls, data), {}
         for name in PRODUCTS:
             if name in data:
                 product = _checked(Product, data[name])
                 sides = {side: product.get(side) for side in ("left", "right")}
                 rules = {side: rule if rule is None else Rule(**_checked(Rule, rule)) for side, rule in sides.items()}
                 products[name] = Product(**{**product, **rules})
-        return cls(**{**_checked(cls, data), **products})
+        return cls(**{**data, **products})
 
 
-def _checked(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(cls: type, data: Any) -> dict[str, Any]:
     names = [f.name for f in fields(cls)]
-    unknown = sorted(set(data) - set(names))
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a {cls.__name__} must be a dictionary of {', '.join(names)}, got {data!r}")
+    unknown = [str(name) for name in data if name not in names]
     if unknown:
         raise ValueError(f"{cls.__name__} has {', '.join(names)}, got {', '.join(unknown)}")
+    if names[0] not in data and cls is not Product:  # what has no default
+        raise ValueError(f"a {cls.__name__} needs a {names[0]}, got {', '.join(data) or 'nothing'}")
     return dict(data)
 
 

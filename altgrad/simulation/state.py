@@ -70,9 +70,10 @@ class SimulationState(nn.Module):
         if self.recipe.is_stochastic:
             buffers["seeds"] = self.draw().to(device)
         if self.recipe.history:
-            buffers["scales"] = torch.ones(shape, device=device)
-            buffers["amax"] = torch.zeros(shape, device=device)
-            buffers["history"] = torch.zeros(*shape, self.recipe.history, device=device)
+            options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+            buffers["scales"] = torch.ones(shape, **options)
+            buffers["amax"] = torch.zeros(shape, **options)
+            buffers["history"] = torch.zeros(*shape, self.recipe.history, **options)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
@@ -156,8 +157,9 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
     amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
     history = torch.cat([amax.unsqueeze(-1), history[..., :-1]], -1)
     rules = [[_reach(rule) for rule in state.recipe.rules] for state in states for _ in range(state.products)]
-    reach = torch.tensor(rules, device=amax.device)
-    largest = history.amax(-1)
+    reach = torch.tensor(rules, dtype=torch.float32, device=amax.device)
+    steps = torch.arange(history.shape[-1], device=amax.device)
+    largest = history.masked_fill(steps >= reach[..., 2:], 0.0).amax(-1)
     limits = torch.finfo(torch.float32)
     scales = divide(largest * reach[..., 1], reach[..., 0]).clamp(limits.smallest_normal, limits.max)
     scales = scales.masked_fill(largest == 0, 1.0)
@@ -165,8 +167,8 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
         _write(name, states, value)
 
 
-def _reach(rule: Any) -> tuple[float, float]:
-    """The largest value of a rule's format, and its headroom."""
+def _reach(rule: Any) -> tuple[float, float, int]:
+    """The largest value of a rule's format, its headroom, and how many steps its history has."""
     if rule is None or rule.format is None:
-        return 1.0, 1.0
-    return resolve(rule.format).max_representable_value, rule.headroom
+        return 1.0, 1.0, 0
+    return resolve(rule.format).max_representable_value, rule.headroom, rule.history
