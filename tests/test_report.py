@@ -89,6 +89,16 @@ def test_scores_by_value_are_those_computed_by_hand(tmp_path, monkeypatch):
     assert len(floors) == 9 and min(groups.values()) > 2 * len(tensors)  # several scales a tensor
 
 
+def test_formats_of_two_bytes_and_without_a_sign(tmp_path):
+    """torch counts no uint16; E8M0 has no code of zero, and below zero UE4M3 does not clip."""
+    tensors = {"w": torch.tensor([[0.0, 0.0, 1.0, -1000.0], [3e-8, 1000.0, 0.3, -2.0]])}
+    tensors |= {name: weights()[name] for name in ("plain", "half", "outliers")}
+    torch.save(tensors, tmp_path / "a.pt")
+    names = ["FP16", "BF16@row", "e4m4b7", "e5m6b15@32/floor", "E8M0", "UE4M3", "e3m2b3fnu@2x2/floor"]
+    report = report_weights(tmp_path / "a.pt", names)
+    assert_as_by_hand(report, tensors)
+
+
 def test_what_a_scale_at_the_end_of_its_range_clips(tmp_path):
     """A scale that would be above 2^127: of E8M0, or a float32 number."""
     x = torch.tensor([[4.0, 1.0, -0.5, 3e-38]])
@@ -225,6 +235,8 @@ def test_spellings_of_candidates():
         report_weights("none.pt", [])
     with pytest.raises(TypeError):
         candidate(8)
+    with pytest.raises(ValueError, match=r"candidates must have at most 16 bits, .* got TF32@row"):
+        report_weights("none.pt", ["E4M3", "TF32@row"])
 
 
 # Where the answer is known.

@@ -49,12 +49,13 @@ def score(report, name, operand):
     return next(layer for layer in report.layers if (layer.name, layer.operand) == (name, operand)).scores
 
 
-def test_operands_are_those_of_the_layer(batches):
+@pytest.mark.parametrize("candidates", [CANDIDATES, ["FP16", "BF16", "e4m4b7", "e5m6b15", "E8M0", "UE4M3"]])
+def test_operands_are_those_of_the_layer(batches, candidates):
     """All six operands of a linear layer, with gradients from autograd, under candidates of every granularity."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 5))
     batch = batches[1]
-    report = measure(model, [batch], loss, CANDIDATES)
+    report = measure(model, [batch], loss, candidates)
     x = model[2](model[1](batch[0].flatten(1))).detach().requires_grad_()
     w = model[3].weight
     y = F.linear(x, w, model[3].bias)
@@ -72,7 +73,7 @@ def test_operands_are_those_of_the_layer(batches):
     assert report.loss == pytest.approx(value.item())
     assert report.samples == 8
     for operand, (t, gradient) in operands.items():
-        for name in CANDIDATES:
+        for name in candidates:
             c, got = candidate(name), score(report, "3", operand)[candidate(name).name]
             scale = compute_scale(t, c.format, granularity=c.granularity, **c.keywords)
             want = quantization_stats(t, c.format, scale)

@@ -62,7 +62,7 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
     Returns:
         0-d float64 tensors: the shares of all elements that are
 
-        - ``clipped``: x / scale rounds to more than the largest value;
+        - ``clipped``: x / scale, or its magnitude where the format has a sign, rounds to more than the largest value;
         - ``flushed``: x is not zero and becomes zero;
         - ``subnormal``: the result is a subnormal of the format, not zero;
         - ``exact``: the result equals x;
@@ -70,7 +70,7 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
         then ``sqnr(x, quantize(x))``, and ``used_bits``, log2 of the number of different codes in use, of format.bits.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in :func:`quantize`.
+        TypeError, ValueError, RuntimeError: as in :func:`encode`, which takes no formats above 16 bits.
 
     Example:
         >>> import torch
@@ -84,9 +84,10 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
     y, codes = quantize(x, f, scale), encode(x, f, scale)
     if not isinstance(scale, Tensor):
         scale = x.new_full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    q = divide(x, scale).abs()
+    q = divide(x, scale)
+    q = q.abs() if f.is_signed else q
     limit = (f.max_representable_value + f.overflow_value) / 2  # a tie goes to the even code
-    magnitude = codes & (f.sign_code - 1)
+    magnitude = codes.int() & (f.sign_code - 1)  # torch compares no uint16
 
     def used(codes: Tensor) -> Tensor:
         is_used = torch.zeros(2**f.bits, device=codes.device)

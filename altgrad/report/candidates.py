@@ -113,11 +113,14 @@ def candidates(names: Iterable[str]) -> list[Candidate]:
     """The candidates of names, each once.
 
     Raises:
-        ValueError: none, or what :func:`candidate` refuses.
+        ValueError: none, a format above 16 bits, or what :func:`candidate` refuses.
     """
     found = list(dict.fromkeys(candidate(name) for name in names))
     if not found:
         raise ValueError("candidates must not be empty")
+    wide = [c.name for c in found if c.format.code_bytes is None]
+    if wide:
+        raise ValueError(f"candidates must have at most 16 bits, for their codes to be counted, got {', '.join(wide)}")
     return found
 
 

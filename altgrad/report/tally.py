@@ -88,10 +88,11 @@ class Signal:
 
 @dataclass
 class Tally:
-    """What is counted of a candidate on a matrix."""
+    """What is counted of a candidate on a matrix; flushed where no code is zero, else the codes say it."""
 
     codes: Tensor
     clipped: int = 0
+    flushed: int = 0
     error: float = 0.0
     sensitivity: float | None = None
     smallest: float = math.inf
@@ -102,6 +103,7 @@ class Tally:
         return Tally(
             self.codes + other.codes,
             self.clipped + other.clipped,
+            self.flushed + other.flushed,
             self.error + other.error,
             self.sensitivity,
             min(self.smallest, other.smallest),
@@ -112,10 +114,11 @@ class Tally:
     def score(self, signal: Signal, bits: float) -> Score:
         n = signal.count
         used = int(self.codes.count_nonzero())
+        flushed = int(self.codes[self.zero_codes].sum()) - signal.zeros if self.zero_codes else self.flushed
         return Score(
             sqnr=_decibels(signal.energy, self.error),
             clipped=self.clipped / n,
-            flushed=(int(self.codes[self.zero_codes].sum()) - signal.zeros) / n,
+            flushed=flushed / n,
             used_bits=math.log2(used),
             scale_spread=math.log2(self.largest / self.smallest) if self.smallest <= self.largest else math.nan,
             bits=bits,
@@ -130,7 +133,7 @@ def empty_tally(candidate: Candidate) -> Tally:
 
 @lru_cache
 def _zero_codes(f: FP8Format) -> list[int]:
-    return [code for code in range(1 << f.bits) if f.to_real(code) == 0]
+    return [code for code in (0, f.sign_code)[: 1 + f.is_signed] if f.to_real(code) == 0]
 
 
 def largest_of(x: Tensor) -> Tensor:
@@ -201,12 +204,16 @@ def add(
 
     def visit(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
         scale = scale_of(blocks, dims)
-        tally.codes += _histogram(encode(blocks, f, scale), len(tally.codes), counts)
+        codes = encode(blocks, f, scale)  # torch counts no uint16
+        tally.codes += _histogram(codes if f.bits <= 8 else codes.int(), len(tally.codes), counts)
         tally.clipped += _clipped(blocks, dims, f, scale, counts)
         least, most = (float(end) for end in torch.aminmax(scale))
         tally.smallest = min(tally.smallest, least)
         tally.largest = max(tally.largest, most)
-        return quantize(blocks, f, scale)
+        y = quantize(blocks, f, scale)
+        if not f.has_zero:  # the smallest value times the scale may be
+            tally.flushed += _total((y == 0) & (blocks != 0), counts)
+        return y
 
     error = granularity.apply(visit, x).double().sub_(wide)
     tally.error += _energy(error, counts)
@@ -215,7 +222,7 @@ def add(
 
 
 def _clipped(x: Tensor, dims: tuple[int, ...], f: FP8Format, scale: Tensor, counts: Tensor | None) -> int:
-    """How many |x / scale| round to more than the largest value; as in quantization_stats, a tie to the even code."""
+    """How many x / scale round to more than the largest value, as in quantization_stats; a tie to the even code."""
     limit = (f.max_representable_value + f.overflow_value) / 2
     has_one = divide(amax(x, dims), scale) >= limit
     if not has_one.any():
@@ -223,7 +230,8 @@ def _clipped(x: Tensor, dims: tuple[int, ...], f: FP8Format, scale: Tensor, coun
     if dims == (x.ndim - 1,) and scale.ndim == x.ndim:  # rows, of which few have an element to clip
         rows = has_one.squeeze(-1)
         x, scale = x[rows], scale[rows]
-    q = divide(x, scale).abs_()
+    q = divide(x, scale)
+    q = q.abs_() if f.is_signed else q
     return _total((q >= limit) if f.max_code % 2 else (q > limit), counts)
 
 
