@@ -235,6 +235,9 @@ def test_spellings_of_candidates():
         report_weights("none.pt", [])
     with pytest.raises(TypeError):
         candidate(8)
+    for names in ("E4M3", None):
+        with pytest.raises(TypeError, match=f"candidates must be a list of formats, got {names!r}"):
+            report_weights("none.pt", names)
     with pytest.raises(ValueError, match=r"candidates must have at most 16 bits, .* got TF32@row"):
         report_weights("none.pt", ["E4M3", "TF32@row"])
 

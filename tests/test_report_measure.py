@@ -155,6 +155,8 @@ def test_bad_input(net, batches):
         measure(net, [], loss)
     with pytest.raises(ValueError, match="unknown format"):
         measure(net, batches, loss, ["E9M9"])
+    with pytest.raises(TypeError, match="candidates must be a list of formats, got 'E4M3'"):
+        measure(net, batches, loss, "E4M3")
     with pytest.raises(RuntimeError, match="the model failed on batch 0: ValueError: x ") as raised:
         measure(net, [(torch.randn(2, 3), torch.zeros(2))], loss)
     assert "\n" not in str(raised.value) and type(net.first) is nn.Linear

@@ -113,8 +113,11 @@ def candidates(names: Iterable[str]) -> list[Candidate]:
     """The candidates of names, each once.
 
     Raises:
+        TypeError: names is a string, or no list of strings.
         ValueError: none, a format above 16 bits, or what :func:`candidate` refuses.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"candidates must be a list of formats, got {names!r}")
     found = list(dict.fromkeys(candidate(name) for name in names))
     if not found:
         raise ValueError("candidates must not be empty")

@@ -50,6 +50,7 @@ def measure(
         samples: how many terms a batch's loss is the mean of. 0: all dimensions of the model's output but the last.
 
     Raises:
+        TypeError: candidates is not a list of strings.
         ValueError: an unknown candidate, no batches, a model without such layers, with simulated ones or without
             gradients.
         RuntimeError: a batch on which the model or the loss failed.

@@ -52,6 +52,7 @@ def report_weights(
         progress: called with the elements done and those of all tensors.
 
     Raises:
+        TypeError: candidates is not a list of strings.
         ValueError: an unknown candidate; no such file, a truncated or foreign one, one without tensors.
 
     Example:
