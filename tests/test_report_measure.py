@@ -176,6 +176,25 @@ def test_a_layer_behind_the_first_gradient_is_named(net, batches):
     assert report.left_out == [("conv", "no gradient reached it")]
 
 
+def test_an_expert_without_tokens():
+    torch.manual_seed(0)
+    experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+
+    def loss(model, tokens):
+        x, n = tokens
+        return torch.cat([model[0](x), model[1](x[:n])]).square().mean()
+
+    x = torch.randn(4, 32)
+    none, both = (measure(experts, [(x, n) for n in counts], loss, CANDIDATES) for counts in ([0], [0, 4]))
+    full = measure(experts, [(x, 4)], loss, CANDIDATES)
+    assert [x.operand for x in none.layers if x.name == "1"] == ["forward.w", "grad_input.w"]
+    assert {entry.sensitivity for entry in score(none, "1", "forward.w").values()} == {0.0}
+    for operand in ("forward.x", "forward.w"):
+        for name, got in score(both, "1", operand).items():
+            assert got.sensitivity == pytest.approx(score(full, "1", operand)[name].sensitivity / 2)
+    assert set(assign(none, 99, activations=True).choices["1"]) == {"forward.w"}
+
+
 def test_verified(net, batches):
     net.eval()
     report = measure(net, batches, loss, ["E2M1", "E3M2", "E4M3"])

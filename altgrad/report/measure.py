@@ -36,7 +36,8 @@ def measure(
     ``dw = dy^T x`` has dy [out, tokens] and x [in, tokens]: a scale of a row or block runs along the last, which the
     product contracts. Layers are those that :func:`altgrad.simulation.simulate` can switch. For the operands of the
     forward product a sensitivity says what an error does to the loss: the sum of squared gradient times squared error,
-    the mean over batches; ``samples / 2`` times it estimates by how much the loss grows.
+    the mean over batches; ``samples / 2`` times it estimates by how much the loss grows. Of a layer that got no tokens
+    (an expert of a mixture) the weight alone is reported, with a sensitivity of 0.
 
     Nothing is changed: gradients are not accumulated, buffers and the state of random generators are restored. Compiled
     parts run without their compiled code. Beside the model a float32 copy of all weights is needed. The same model and
@@ -169,6 +170,8 @@ class _Recording:
             self.weights[name, index].gradient += g.to(compute).mT @ x.to(compute)
 
     def add(self, name: str, operand: str, x: Tensor, weight: Tensor | None = None) -> None:
+        if x.numel() == 0:
+            return
         if (name, operand) not in self.operands:
             tallies = [empty_tally(c) for c in self.chosen]
             shape, dtype = tuple(x.shape), str(x.dtype).removeprefix("torch.")
@@ -186,7 +189,7 @@ class _Recording:
         for weight in self.weights.values():
             self.add(weight.name, "forward.w", weight.value, weight.squares)
             self.add(weight.name, "grad_input.w", weight.value.mT)
-        names = list(dict.fromkeys(name for name, _ in self.operands))[::-1]
+        names = list(dict.fromkeys(name for name, _ in self.weights))[::-1]
         found = ((name, operand) for name in names for operand in OPERANDS)
         return [self.layer(*key, batches) for key in found if key in self.operands]
 
