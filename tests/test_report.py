@@ -171,6 +171,22 @@ def test_integer_and_empty_tensors_are_left_out(tmp_path):
         assert {entry.name for entry in report.left_out} == {"steps", "none", "small"}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch: nested and CSR tensors are prototypes
+def test_sparse_nested_and_meta_tensors_are_left_out(tmp_path):
+    pieces = [torch.ones(2), torch.ones(3)]
+    others = {
+        "sparse_coo float32": torch.eye(3).to_sparse(),
+        "sparse_csr float32": torch.eye(3).to_sparse_csr(),
+        "nested float32": torch.nested.nested_tensor(pieces),
+        "nested float64": torch.nested.nested_tensor(pieces, layout=torch.jagged, dtype=torch.float64),
+        "meta bfloat16": torch.ones(2, 2, device="meta", dtype=torch.bfloat16),
+    }
+    torch.save({"w": torch.ones(2, 2), **others}, tmp_path / "a.pt")
+    report = report_weights(tmp_path / "a.pt", ["E4M3"])
+    assert [layer.name for layer in report.layers] == ["w"]
+    assert [(name, reason.partition(":")[0]) for name, reason in report.left_out] == [(x, x) for x in others]
+
+
 def test_a_transposed_tensor_of_a_pickle(tmp_path):
     x = torch.randn(70, 40).t()
     torch.save({"x": x}, tmp_path / "a.pt")

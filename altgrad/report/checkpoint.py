@@ -155,12 +155,25 @@ def _entries(file: Path) -> list[Entry]:
     found: dict[tuple[Any, ...], Entry] = {}
     for key, tensor in _walk(content, ()):
         name = ".".join(map(str, key))
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if (kind := _kind(tensor)) is not None:
+            found[key] = Entry(name, (), f"{kind} {dtype}", file, key, [])
+            continue
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else key
         if place in found:
             found[place].also.append(name)
         else:
-            found[place] = Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), file, key, [])
+            found[place] = Entry(name, tuple(tensor.shape), dtype, file, key, [])
     return list(found.values())
+
+
+def _kind(tensor: Tensor) -> str | None:
+    """What a tensor is where its numbers are not in memory one by one: nested, sparse, or on the meta device."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "meta" if tensor.is_meta else None
 
 
 def _entry_of_slice(file: Path, content: Any, name: str) -> Entry:
