@@ -74,6 +74,20 @@ def test_budget_out_of_reach():
         assign(made_up(3, ["E4M3"], 0, False), 9, verify=True)
 
 
+def test_arguments_are_checked():
+    report = made_up(3, ["E4M3"], 0, False)
+    for budget in (float("nan"), 0, -1.0):
+        with pytest.raises(ValueError, match=f"budget_bits must be above 0, got {budget}"):
+            assign(report, budget)
+    with pytest.raises(TypeError, match="budget_bits must be a number, got 'x'"):
+        assign(report, "x")
+    with pytest.raises(TypeError, match="report must be a Report, got None"):
+        assign(None)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module or None, got 'x'"):
+        assign(report, 9, model="x")
+    assert assign(report, float("inf")).bits == assign(report, 9).bits
+
+
 def test_recipes_run_and_say_the_loss(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 64), torch.nn.Linear(64, 32), torch.nn.LayerNorm(32))

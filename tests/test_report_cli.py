@@ -67,6 +67,8 @@ BAD = {
     "option": (["report", "--fast"], "No such option"),
     "command": (["repot"], "No such command"),
     "number": (["report", "none.pt", "-b", "few"], "'few' is not a valid float"),
+    "budget": (["report", "none.pt", "-b", "nan"], "--budget must be above 0, got nan"),
+    "rows": (["report", "none.pt", "-n", "-1"], "Invalid value for '--worst' / '-n': -1 is not in the range x>=0"),
     "no path": (["report"], "Missing argument"),
     "format": (["formats", "E9M9"], "unknown format 'E9M9'"),
 }

@@ -153,6 +153,12 @@ def test_bfloat16_autocast_attention_and_registered_layers(batches):
 def test_bad_input(net, batches):
     with pytest.raises(ValueError, match="batches must not be empty"):
         measure(net, [], loss)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got 'x'"):
+        measure("x", batches, loss)
+    with pytest.raises(TypeError, match="samples must be an integer, got 'x'"):
+        measure(net, batches, loss, samples="x")
+    with pytest.raises(ValueError, match="samples must be 0 or more, got -1"):
+        measure(net, batches, loss, samples=-1)
     with pytest.raises(ValueError, match="unknown format"):
         measure(net, batches, loss, ["E9M9"])
     with pytest.raises(TypeError, match="candidates must be a list of formats, got 'E4M3'"):

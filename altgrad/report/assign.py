@@ -1,6 +1,7 @@
 """A recipe for each layer under a budget of bits: the choice with the least predicted loss, found exactly."""
 
 import json
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,8 +70,9 @@ def assign(
         batches, loss: as in :func:`measure`, to verify.
 
     Raises:
-        ValueError: a budget out of reach, a report without layers that can be chosen for or without activations, verify
-            without a model or a loss.
+        TypeError: a report, budget or model of another type.
+        ValueError: a budget of NaN, of 0 or less or out of reach, a report without layers that can be chosen for or
+            without activations, verify without a model or a loss.
 
     Example:
         >>> import tempfile, torch
@@ -82,6 +84,7 @@ def assign(
         >>> assign(report, 5.0, model=model).choices
         {'0': {'weight': 'E2M1@row'}, '1': {'weight': 'E5M2@row'}}
     """
+    _check(report, budget_bits, model)
     if verify and (model is None or loss is None):
         raise ValueError("verify needs model, batches and loss")
     names = None if model is None else {name for name, layer in model.named_modules() if kind_of(type(layer))}
@@ -105,6 +108,17 @@ def assign(
         assert model is not None and loss is not None
         assignment.loss = simulated_loss(model, assignment.recipes, batches, loss)
     return assignment
+
+
+def _check(report: Report, budget_bits: float, model: nn.Module | None) -> None:
+    if not isinstance(report, Report):
+        raise TypeError(f"report must be a Report, got {report!r}")
+    if isinstance(budget_bits, bool) or not isinstance(budget_bits, numbers.Real):
+        raise TypeError(f"budget_bits must be a number, got {budget_bits!r}")
+    if not budget_bits > 0:  # NaN neither
+        raise ValueError(f"budget_bits must be above 0, got {budget_bits!r}")
+    if not (model is None or isinstance(model, nn.Module)):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
 
 
 def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Iterable[Any], loss: Loss) -> float:

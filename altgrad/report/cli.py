@@ -61,7 +61,14 @@ def cli() -> None:
     default=Path(),
     help="Folder for report.html and report.json; the current one by default.",
 )
-@click.option("--worst", "-n", default=10, show_default=True, help="Rows in the table of the worst layers.")
+@click.option(
+    "--worst",
+    "-n",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Rows in the table of the worst layers.",
+)
 def report(path: Path, candidates: str, budget: float, output: Path, worst: int) -> None:
     """Says what each format does to each weight of a checkpoint.
 
@@ -71,6 +78,8 @@ def report(path: Path, candidates: str, budget: float, output: Path, worst: int)
     """
     if not output.is_dir():
         raise ValueError(f"{output}: no such folder")
+    if not budget > 0:  # NaN neither
+        raise ValueError(f"--budget must be above 0, got {budget}")
     names = [name.strip() for name in candidates.split(",") if name.strip()]
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

@@ -51,9 +51,9 @@ def measure(
         samples: how many terms a batch's loss is the mean of. 0: all dimensions of the model's output but the last.
 
     Raises:
-        TypeError: candidates is not a list of strings.
-        ValueError: an unknown candidate, no batches, a model without such layers, with simulated ones or without
-            gradients.
+        TypeError: model is no module, candidates no list of strings, samples no integer.
+        ValueError: an unknown candidate, negative samples, no batches, a model without such layers, with simulated ones
+            or without gradients.
         RuntimeError: a batch on which the model or the loss failed.
 
     Example:
@@ -67,6 +67,12 @@ def measure(
         >>> [score.flushed for score in report.layers[0].scores.values()]
         [0.5, 0.0]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"samples must be an integer, got {samples!r}")
+    if samples < 0:
+        raise ValueError(f"samples must be 0 or more, got {samples}")
     chosen = _candidates(candidates)
     recording = _Recording(chosen)
     total, count = 0.0, 0
