@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +71,7 @@ BAD = {
     "budget": (["report", "none.pt", "-b", "nan"], "--budget must be above 0, got nan"),
     "rows": (["report", "none.pt", "-n", "-1"], "Invalid value for '--worst' / '-n': -1 is not in the range x>=0"),
     "no path": (["report"], "Missing argument"),
+    "no folder of the picture": (["formats", "--svg", "none/x.svg"], "No such file or directory: 'none/x.svg'"),
     "format": (["formats", "E9M9"], "unknown format 'E9M9'"),
 }
 
@@ -144,6 +146,14 @@ def test_what_cannot_be_written_leaves_nothing(checkpoint, name, capsys):
     assert run(checkpoint) == 2
     assert written(checkpoint) == [name]
     assert f"{name} is a folder" in capsys.readouterr().err
+
+
+def test_only_files_are_written_over(tmp_path, capsys):
+    """Renaming a file onto a device, /dev/null for one, would put the file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["formats", "--svg", str(tmp_path / "pipe")]) == 2
+    assert capsys.readouterr() == ("", f"altgrad: {tmp_path}/pipe is no regular file\n")
+    assert [path.is_fifo() for path in tmp_path.iterdir()] == [True]
 
 
 def test_a_failure_while_writing_leaves_nothing(checkpoint, monkeypatch):

@@ -112,6 +112,8 @@ def formats(names: tuple[str, ...], values: bool, svg: Path | None) -> None:
     from .number_line import picture
 
     chosen = [resolve(name) for name in names] or list(FORMAT_REGISTRY.values())
+    if svg is not None:
+        write_files({svg: picture(chosen)})
     console = _console()
     if len(chosen) == 1 or values:
         for f in chosen:
@@ -119,7 +121,6 @@ def formats(names: tuple[str, ...], values: bool, svg: Path | None) -> None:
     else:
         print_formats(console, chosen)
     if svg is not None:
-        write_files({svg: picture(chosen)})
         click.echo(f"wrote {svg}")
 
 

@@ -113,10 +113,14 @@ def finite(value: Any) -> Any:
 
 
 def write_files(files: Mapping[Path, str]) -> None:
-    """Writes texts to paths, all or none, never a part: to temporary names beside them first, then renamed."""
+    """Writes texts to paths, all or none, never a part: to temporary names beside them first, then renamed.
+
+    Raises:
+        OSError: a path that cannot be written, or that is there and no regular file (a device would be replaced).
+    """
     for path in files:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}")
     written: list[tuple[str, Path]] = []
     try:
         for path, text in files.items():
@@ -126,8 +130,11 @@ def write_files(files: Mapping[Path, str]) -> None:
                 file.write(text)
             os.chmod(temporary, 0o666 & ~_umask())
         while written:
-            os.replace(*written[0])
+            temporary, path = written[0]
+            os.replace(temporary, path)
             written.pop(0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         for temporary, _ in written:
             os.unlink(temporary)
