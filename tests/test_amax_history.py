@@ -9,7 +9,7 @@ import torch.distributed as dist
 from conftest import assert_same_bits
 from torch.utils.checkpoint import checkpoint
 
-from altgrad.quantization import E4M3, AmaxHistory, quantize
+from altgrad.quantization import E4M3, E5M2, AmaxHistory, quantize, quantize_gradient
 
 STREAM = [3.0, 448.0, 7.0, 0.0, 1e-3, 896.0, 2.0, 2.0, 2.0, 2.0]
 
@@ -153,6 +153,66 @@ def test_activation_checkpointing(how):
 
     for got, want in zip(steps(checkpointed), steps(lambda region: region)):
         assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("how", ["alone", "hook", "reentrant", "not reentrant", "create_graph"])
+def test_gradients(how):
+    """Every backward pass records the amax of its gradient, which the first rounds to zero."""
+    history, x = AmaxHistory(E5M2, length=4), torch.ones(4, requires_grad=True)
+
+    def region(x):
+        if how != "hook":
+            return quantize_gradient(x, E5M2, scale=history) * 1
+        y = x * 1
+        y.register_hook(lambda grad: quantize(grad, E5M2, history(grad)))
+        return y
+
+    for step in range(3):
+        x.grad, grad = None, torch.full((4,), 1e-30)
+        y = checkpoint(region, x, use_reentrant=how == "reentrant") if "reentrant" in how else region(x)
+        if how == "create_graph":
+            (x.grad,) = torch.autograd.grad(y, x, grad, create_graph=True)
+        else:
+            y.backward(grad)
+        assert_same_bits(x.grad.detach(), grad if step else torch.zeros(4))
+    assert_same_bits(history.history, torch.tensor([1e-30, 1e-30, 1e-30, 0]))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputations_of_several_calls(reentrant):
+    """What cannot be told apart is refused; a call that has no backward pass, and a second one, are not."""
+    history, w = AmaxHistory(E4M3, length=1, policy="most_recent"), torch.randn(8, 8, requires_grad=True)
+
+    def run(*magnitudes):
+        regions = [
+            checkpoint(lambda x: (quantize(x, E4M3, history(x)) @ w).relu(), x, use_reentrant=reentrant)
+            for x in (torch.randn(4, 8, requires_grad=True) * m for m in magnitudes)
+        ]
+        return sum(region.sum() for region in regions)
+
+    with pytest.raises(RuntimeError, match="3 calls of an AmaxHistory came before their recomputation"):
+        run(1, 100, 0.01).backward()
+    run(1)
+    run(1, 2)
+    for _ in range(3):
+        run(100).backward()
+    loss = run(1)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    history.eval()
+    run(1, 2, 3).backward()
+
+
+@pytest.mark.compiles
+def test_compiled_gradients():
+    torch._dynamo.reset()
+    history, x = AmaxHistory(E5M2, length=4), torch.ones(4, requires_grad=True)
+    compiled = torch.compile(lambda x: quantize_gradient(x, E5M2, scale=history), backend="aot_eager")
+    for f in (compiled, compiled, lambda x: quantize_gradient(x, E5M2, scale=history)):
+        x.grad = None
+        f(x).backward(torch.full((4,), 1e-30))
+    assert_same_bits(history.history, torch.tensor([1e-30, 1e-30, 1e-30, 0]))
+    assert_same_bits(x.grad, torch.full((4,), 1e-30))
 
 
 def test_history_stays_in_float32():

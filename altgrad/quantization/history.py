@@ -25,8 +25,12 @@ class AmaxHistory(torch.nn.Module):
     scale is there before x is read; what grew since may clip, which a margin prevents. In ``eval`` the scale stays. The
     history is a buffer: in ``state_dict``, moved by ``.to``, updated in place. Nothing is read back from the device.
 
-    Under activation checkpointing the recomputation in the backward pass gets the scale that the forward pass before it
-    got, and records nothing.
+    Of gradients it is the scale of :func:`quantize_gradient`. A history is of a forward pass or of gradients: one that
+    was called outside a backward pass takes every call inside one for a recomputation.
+
+    Under activation checkpointing the recomputation in the backward pass gets the scale that the last call of the
+    forward pass got, and records nothing. So a history there is for one place, and is called once between a forward
+    pass and its backward pass: micro-batches go forward and backward one by one.
 
     Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax is not recorded:
     the last one counts again.
@@ -42,6 +46,7 @@ class AmaxHistory(torch.nn.Module):
 
     Raises:
         TypeError, ValueError: an unknown format or policy, a length below 1, a margin that is no number.
+        RuntimeError: under activation checkpointing, the second recomputation after several calls.
 
     Example:
         >>> import torch
@@ -74,7 +79,8 @@ class AmaxHistory(torch.nn.Module):
         self.reduce = reduce
         self.process_group = process_group
         self.register_buffer("history", torch.zeros(length))
-        self._used = torch.ones(())  # the scale of the last forward pass
+        self._used = torch.ones(())  # the scale of the last call outside a backward pass
+        self._calls = self._recomputed = 0  # those calls since the last recomputation, and the recomputations of them
 
     def scale(self) -> Tensor:
         """The scale of the history, a 0-d float32 tensor."""
@@ -91,15 +97,29 @@ class AmaxHistory(torch.nn.Module):
         self.history.copy_(torch.cat([new, self.history[:-1]]))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The autograd engine runs the forward pass again where activations are checkpointed. A compiler's partitioner
-        # does it behind the trace.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return self._used
+        if not self.training:
+            return self.scale()
+        is_eager = not torch.compiler.is_compiling()
+        in_backward = is_eager and torch._C._current_graph_task_id() != -1
+        if in_backward and self._calls:  # of gradients it has no calls but these
+            return self._again()
         scale = self.scale()
-        if self.training:
-            self.record(x)
-        self._used = scale
+        self.record(x)
+        if not in_backward:
+            self._used = scale  # also compiled: it keeps a compiler from tracing torch.utils.checkpoint
+            if is_eager:
+                self._calls, self._recomputed = 1 if self._recomputed else self._calls + 1, 0
         return scale
+
+    def _again(self) -> Tensor:
+        """The scale of the call that is recomputed. A call alone may be recomputed often, and others never."""
+        self._recomputed += 1
+        if self._calls > 1 and self._recomputed > 1:
+            raise RuntimeError(
+                f"{self._calls} calls of an AmaxHistory came before their recomputation, and it has kept the scale of "
+                "the last: give each place a history, and each forward pass its backward pass before the next"
+            )
+        return self._used
 
     def _apply(self, *args: Any, **kwargs: Any) -> "AmaxHistory":
         """Moves the history, and leaves it in float32: a narrower dtype has not the range of what it records."""
