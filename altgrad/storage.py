@@ -87,7 +87,7 @@ def save(
         for key, tensor in _parts(name, stored).items():
             if key in tensors:
                 raise ValueError(f"two tensors would be called {key!r} in the file: rename one of them")
-            tensors[key] = tensor.detach()
+            tensors[key] = tensor.detach().resolve_conj().resolve_neg()  # safetensors takes the memory as it is
     _write(_apart(tensors), {"altgrad": json.dumps({"version": _VERSION, "tensors": index})}, Path(path))
 
 
@@ -160,9 +160,12 @@ def _chosen(
 
 
 def _place(name: str, value: Tensor | Blocks) -> Any:
-    """What two tensors have in common only if they are one."""
-    tensor = value.codes if isinstance(value, Blocks) else value
-    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
+    """What two entries have in common only if they are one."""
+    tensors = _parts(name, value).values()
+    if not all(t.numel() for t in tensors):
+        return name
+    fields = json.dumps(_fields(value)) if isinstance(value, Blocks) else None
+    return fields, *((t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()) for t in tensors)
 
 
 def _parts(name: str, value: Any) -> dict[str, Any]:

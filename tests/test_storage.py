@@ -151,6 +151,31 @@ def test_views_of_one_memory(path):
     assert loaded["empty"] is not loaded["e2"]
 
 
+def test_what_shares_memory_and_is_another(path):
+    """Blocks of the same codes with other scales or fields, codes alone, and what is conjugated or negated lazily."""
+    blocks, z = encode_blocks(torch.randn(4, 32), **MXFP4), torch.randn(4, 32, dtype=torch.complex64)
+    given = {
+        "codes": blocks.codes, "blocks": blocks, "scales": blocks._replace(scales=blocks.scales + 1),
+        "dtype": blocks._replace(dtype=torch.bfloat16), "codes again": blocks.codes, "again": blocks._replace(),
+        "z": z, "conjugate": z.conj(), "imag": z.imag, "negative": z.conj().imag, "z again": z, "other": z.mT.conj(),
+    }  # fmt: skip
+    for state in (given, dict(reversed(given.items()))):
+        storage.save(state, path)
+        loaded = storage.load(path, decode=False)
+        for name, want in state.items():
+            assert type(loaded[name]) is type(want)
+            if isinstance(want, Blocks):
+                assert loaded[name][2:] == want[2:]
+                assert all(map(torch.equal, loaded[name][:2], want[:2]))
+            else:
+                assert loaded[name].equal(want)
+        for name in ("codes", "z"):
+            assert loaded[f"{name} again"] is loaded[name]
+        assert loaded["again"] is loaded["blocks"]
+    storage.save({"negative": z.conj().imag}, path, MXFP4)
+    assert_same_bits(storage.load(path)["negative"], quantize_blocks(-z.imag, **MXFP4))
+
+
 def refused(path, error, match, state, formats=None):
     """The save fails and leaves what was there as it was, and nothing beside it."""
     storage.save({"w": torch.ones(2, 2)}, path)
