@@ -213,6 +213,11 @@ def test_gradients_are_straight_through(options):
     quantize_blocks(x, **options).backward(grad)
     assert_same_bits(x.grad, grad)
     assert not compute_scale(x, **options).requires_grad
+    y, tangent = torch.func.jvp(lambda x: quantize_blocks(x, **options), (x.detach(),), (grad,))
+    assert_same_bits(y, quantize_blocks(x.detach(), **options))
+    assert_same_bits(tangent, grad)
+    jacobian = torch.func.jacfwd(lambda x: quantize_blocks(x, **options))(x.detach()[:1])
+    assert_same_bits(jacobian.reshape(48, 48), torch.eye(48))
 
 
 @variants

@@ -108,7 +108,8 @@ def multiplied(x: Tensor, scale: Tensor) -> Tensor:
 def quantize_multiplied(x: Tensor, format: FP8Format | str, scale: Tensor, **modes: Any) -> Tensor:
     """:func:`quantize` with the product of :func:`multiplied` for the quotient, straight through."""
     q = dequantize(quantize(multiplied(x.detach(), scale), format, **modes), scale).to(x.dtype)
-    return _StraightThrough.apply(x, q)  # type: ignore[no-untyped-call]
+    function = _StraightThrough if torch.compiler.is_compiling() else _WithTangents
+    return function.apply(x, q)  # type: ignore[no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -127,3 +128,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _WithTangents(_StraightThrough):
+    """The same in forward mode too. torch.compile refuses a jvp."""
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, y: Tensor | None) -> Tensor:
+        return x.view_as(x)  # forward AD refuses a tangent that is the input's own
