@@ -16,6 +16,11 @@ def _stack(info: Any, tensor: Tensor, dim: int | None) -> Tensor:
     return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def _example(info: Any, tensor: Tensor, dim: int) -> Tensor:
+    """The first example, or of an empty batch what an example would be, without values."""
+    return tensor.select(dim, 0) if info.batch_size else tensor.new_empty(tensor.movedim(dim, 0).shape[1:])
+
+
 def _stack_bits(info: Any, random_bits: Tensor, dim: int | None, x: Tensor) -> Tensor:
     if random_bits.dtype != SEED:
         return _stack(info, random_bits, dim)
@@ -49,7 +54,9 @@ def _in_blocks(name: str) -> Callable[..., tuple[Any, Any]]:
             first = _stack_bits(info, first, in_dims[2], x)
         if name.startswith("encode") and x.ndim == 1:
             raise ValueError("x must have a dimension, along which codes are packed, got a 0-d tensor")
-        if tensor_scale is None or in_dims[1] is None:
+        if tensor_scale is None or in_dims[1] is None or not info.batch_size:
+            if tensor_scale is not None and in_dims[1] is not None:
+                tensor_scale = _example(info, tensor_scale, in_dims[1])
             return _leading(op(x, tensor_scale, first, *modes, [1, *block], *others))
         firsts = first.unbind() if isinstance(first, Tensor) else [first] * info.batch_size
         examples = zip(x.unbind(), tensor_scale.unbind(in_dims[1]), firsts, strict=True)
@@ -81,12 +88,12 @@ def _as_scale(info: Any, in_dims: tuple[int, None], amax: Tensor, max_value: flo
 
 
 def _pack(info: Any, in_dims: tuple[int, None], codes: Tensor, bits: int) -> tuple[Tensor, int]:
-    check_pack(codes.select(in_dims[0], 0), bits)
+    check_pack(_example(info, codes, in_dims[0]), bits)
     return torch.ops.altgrad.pack(codes.movedim(in_dims[0], 0), bits), 0
 
 
 def _unpack(info: Any, in_dims: tuple[int, None, None], packed: Tensor, bits: int, n: int) -> tuple[Tensor, int]:
-    check_unpack(packed.select(in_dims[0], 0), bits, n)
+    check_unpack(_example(info, packed, in_dims[0]), bits, n)
     return torch.ops.altgrad.unpack(packed.movedim(in_dims[0], 0), bits, n), 0
 
 

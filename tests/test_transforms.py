@@ -11,6 +11,7 @@ from samples import LAID_OUT_LIKE_X, POINTWISE, SAMPLES
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from altgrad.quantization import (
     E4M3,
@@ -70,6 +71,21 @@ def test_vmap_of_every_operator(x_shape, scale_shape, in_dims, compiled):
         if compiled:
             batched = torch.compile(batched, fullgraph=True)
         assert_same_bits(batched(*tensors), one_by_one(f, dims, *tensors))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_vmap_of_an_empty_batch(name):
+    arguments = SAMPLES[name](torch.randn(4, 6), torch.tensor(0.5))
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+
+    def f(*tensors):
+        given = iter(tensors)
+        return getattr(ag, name)(*(next(given) if isinstance(a, torch.Tensor) else a for a in arguments))
+
+    for dim in (0, -1):
+        batched = vmap(f, dim)(*(t.new_empty(0, *t.shape).movedim(0, dim) for t in tensors))
+        for got, example in zip(tree_leaves(batched), tree_leaves(f(*tensors)), strict=True):
+            assert (got.shape, got.dtype) == ((0, *example.shape), example.dtype)
 
 
 def test_nested_vmap():
