@@ -30,7 +30,8 @@ class AmaxHistory(torch.nn.Module):
 
     Under activation checkpointing the recomputation in the backward pass gets the scale that the last call of the
     forward pass got, and records nothing. So a history there is for one place, and is called once between a forward
-    pass and its backward pass: micro-batches go forward and backward one by one.
+    pass and its backward pass: micro-batches go forward and backward one by one. What is compiled inside a checkpoint
+    does not know of the recomputation; compile around it.
 
     Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax is not recorded:
     the last one counts again.
