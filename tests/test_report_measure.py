@@ -222,3 +222,20 @@ def test_sensitivities_are_the_mean_over_batches(net, batches):
             got, *parts = (layer.scores[name].sensitivity for layer in layers)
             if layers[0].operand.startswith("forward."):
                 assert got == pytest.approx(sum(parts) / 2, rel=1e-5), (layers[0].name, layers[0].operand)
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu(net, batches):
+    """What is counted there is what is counted here, but for what products round in another order."""
+    net.eval()
+    here = measure(net, batches, loss, CANDIDATES)
+    there = measure(net.cuda(), [tuple(t.cuda() for t in batch) for batch in batches], loss, CANDIDATES)
+    assert [(layer.name, layer.operand) for layer in there.layers] == [
+        (layer.name, layer.operand) for layer in here.layers
+    ]
+    for got, want in zip(there.layers, here.layers):
+        for name, of_want in want.scores.items():
+            assert got.scores[name].sqnr == pytest.approx(of_want.sqnr, abs=0.5), (want.name, want.operand, name)
+            assert got.scores[name].flushed == pytest.approx(of_want.flushed, abs=0.02)
+        if want.operand == "forward.w":
+            assert got.scores["E4M3"].used_bits == want.scores["E4M3"].used_bits

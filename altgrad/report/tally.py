@@ -205,7 +205,7 @@ def add(
     def visit(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:
         scale = scale_of(blocks, dims)
         codes = encode(blocks, f, scale)  # torch counts no uint16
-        tally.codes += _histogram(codes if f.bits <= 8 else codes.int(), len(tally.codes), counts)
+        tally.codes += _histogram(codes if f.bits <= 8 else codes.int(), len(tally.codes), counts).cpu()
         tally.clipped += _clipped(blocks, dims, f, scale, counts)
         least, most = (float(end) for end in torch.aminmax(scale))
         tally.smallest = min(tally.smallest, least)
