@@ -237,6 +237,15 @@ def test_delayed_scaling_by_hand():
     assert seen == torch.tensor([2.0, 4.0, 4.0, 4.0, 2 / 448, 2 / 448]).tolist()
 
 
+def test_the_scale_of_a_layer_that_is_not_called_stays():
+    layer = nn.Linear(2, 2, bias=False)
+    simulation = simulate(layer, Recipe("delayed", (Rule("E4M3", history=1), None)))
+    layer(torch.full((1, 2), 896.0))
+    for _ in range(2):
+        simulation.step()
+        assert layer.simulation.scales[0, 0] == 2.0
+
+
 def test_each_rule_has_a_history_of_its_own():
     recipe = Recipe("two", (Rule("E4M3", history=1), Rule("E4M3", history=4)))
     layer = nn.Linear(2, 2, bias=False)

@@ -114,7 +114,8 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
     """One step of training is over: new seeds, and new scales from the amax of the steps so far.
 
     Where ``torch.distributed`` is initialized, the largest amax of all ranks counts, and every rank must call this. An
-    infinite or NaN amax is not recorded; the one before it counts again.
+    infinite or NaN amax is not recorded; the one before it counts again. As in TransformerEngine a scale stays where no
+    amax of its history is above 0, that of a layer which was not called, for example.
 
     Example:
         >>> from altgrad.simulation import SimulationState, advance
@@ -151,7 +152,8 @@ def _write(name: str, states: list[SimulationState], values: Tensor) -> None:
 
 def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | None") -> None:
     """Puts the amax of this step first in the histories, drops the oldest and finds the scales."""
-    amax, history = (torch.cat([getattr(state, name) for state in states]) for name in ("amax", "history"))
+    names = "amax", "history", "scales"
+    amax, history, before = (torch.cat([getattr(state, name) for state in states]) for name in names)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
     amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
@@ -162,7 +164,7 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
     largest = history.masked_fill(steps >= reach[..., 2:], 0.0).amax(-1)
     limits = torch.finfo(torch.float32)
     scales = divide(largest * reach[..., 1], reach[..., 0]).clamp(limits.smallest_normal, limits.max)
-    scales = scales.masked_fill(largest == 0, 1.0)
+    scales = torch.where(largest == 0, before, scales)
     for name, value in (("history", history), ("scales", scales), ("amax", torch.zeros_like(amax))):
         _write(name, states, value)
 
