@@ -231,6 +231,8 @@ def check_every_magnitude(operator, device):
         ("E2M1", "e3m3b40fn", 2.0**60),
         ("E2M1", "e3m2b-96", 2.0**-110),  # infinite quotients
         ("e2m1b-60f", "e5m2b-40", 2.0**-90),  # infinite products
+        ("e2m1b-3f", "E4M3", (2 - 2.0**-23) * 2.0**-121),  # the least scale is rounded up to a normal number
+        ("e2m1b-20f", "E4M3", float.fromhex("0x1.c71c7p-122")),  # another one is
         ("e2m1b100f", "e2m3b56fn", 2.0**40),  # the product of the least scale and the largest value is 0
     ]
     for i, (name, scale_format, factor) in enumerate(cases):

@@ -24,7 +24,7 @@ RUN = {
     "test_matmul.py": ["targets", "scales_of_blocks_in_exact_rationals"],
     "test_packing.py": ["packing_of_every_instruction_set"],
     "test_quantize_blocks.py": [
-        *("blocks", "random_bits", "results", "seeds_down_columns"),
+        *("blocks", "random_bits", "results", "seeds_down_columns", "scales_of_every_magnitude"),
         *(f"strips[{block}-torch.{dtype}-4]" for block in STRIPS for dtype in ("float32", "bfloat16")),
     ],
     "test_random.py": ["words_of_the_c_kernel", "a_seed_of_rows_of_three"],

@@ -190,10 +190,10 @@ struct scales {
 };
 
 #ifdef __AVX512BW__
-/* Those of magnitudes from twice that of the least normal level on, where they double with these. Of bases find_bases
- * says whether scales, and hence quotients by the format's largest value, are normal numbers. */
+/* Those of magnitudes from the power of two on that is above the least normal level's. Whether all scales are normal
+ * numbers, and hence magnitudes by the format's largest value, find_bases says of both ends of their exponents. */
 static void find_levels(const struct blocks *b, const struct format32 *f, struct room *r, struct columns *c) {
-    enum { BINADE = 128, BINADES = 32, OF_OFFSETS = 2 * CLASSES };
+    enum { BINADE = 128, BINADES = 32, ENDS = 2 * CLASSES };
     struct levels *t = &r->levels;
     const uint32_t least = r->level.min_power, most = r->level.max_value, one = 1u << FRACTION_BITS;
     t->end = 0;
@@ -210,14 +210,14 @@ static void find_levels(const struct blocks *b, const struct format32 *f, struct
     }
     scales_of(b, r, c, BINADE);
     fill_levels(r->quotients, t);
-    for (uint32_t i = 0; i < OF_OFFSETS; i++) { /* all classes with the least exponent and with the largest */
+    for (uint32_t i = 0; i < ENDS; i++) { /* all classes with the least exponent and with the largest */
         const float level =
             number32(((i < CLASSES ? least : most) & ~(one - 1)) | (i % CLASSES) << (FRACTION_BITS - 3));
         r->quotients[i] = level;
         c->divisor[i] = level * b->tensor_scale;
         c->multiplier[i] = b->with_tensor_scale ? c->divisor[i] : level;
     }
-    if (find_bases(f, c->divisor, c->multiplier, r->quotients, OF_OFFSETS, &c->bases)) {
+    if (find_bases(f, c->divisor, c->multiplier, r->quotients, ENDS, &c->bases)) {
         t->end = end;
         fill_offsets(c->bases.both, least >> 16, t);
     }
@@ -301,8 +301,8 @@ static struct scales find_scales(const struct blocks *b, const struct format32 *
     most_of_row(magnitudes, dtype, n, width, r->amax);
 #ifdef __AVX512BW__
     if (is_whole(r, s, width) && r->lookup == THRESHOLDS && r->levels.end > 0 &&
-        look_up_levels(&r->levels, r->amax, count, &c->bases)) {
-        return (struct scales){NULL, NULL, 0, THRESHOLDS};
+        look_up_bases(&r->levels, r->amax, count, &c->bases)) {
+        return (struct scales){NULL, NULL, 0, THRESHOLDS}; /* by which look_up finds all */
     }
 #endif
     for (int64_t block = 0; block < count; block++) {

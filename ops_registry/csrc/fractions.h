@@ -30,8 +30,9 @@ INLINE __m512i multiplier_base(const struct bases *bases, int64_t block) {
     return _mm512_set1_epi16(((const int16_t *)bases->both)[2 * block + 1]);
 }
 
-/* n blocks with these levels, or with powers of two. Returns whether all scales are normal numbers, not the largest
- * ones, which infinity may have, and results and their thresholds are normal. */
+/* n blocks with these levels, or with powers of two. Returns whether all scales are normal numbers above the least, to
+ * which smaller products are rounded, not the largest ones, which infinity may have, and results and their thresholds
+ * are normal. */
 static int find_bases(const struct format32 *f, const float *restrict divisors, const float *restrict multipliers,
                       const float *restrict levels, int64_t n, struct bases *restrict bases) {
     const uint32_t below = 127 - (base_of_one(f) >> 7), most = (f->max_value - f->min_power) >> FRACTION_BITS;
@@ -40,7 +41,7 @@ static int find_bases(const struct format32 *f, const float *restrict divisors, 
     for (int64_t i = 0; i < n; i++) {
         const uint32_t divisor = bits32(divisors[i]) >> FRACTION_BITS;
         const uint32_t multiplier = bits32(multipliers[i]) >> FRACTION_BITS;
-        is_beyond |= (divisor - 1 >= 253) | (multiplier - 1 >= 253);
+        is_beyond |= (divisor - 2 >= 252) | (multiplier - 2 >= 252);
         is_beyond |= (divisor - below - 1 >= range) | (multiplier - below - 1 >= range);
         bases->both[i] = (divisor - below) << 7 | (multiplier - below) << 23;
         bases->classes[i] = bits32(levels[i]) >> (FRACTION_BITS - 3) & (CLASSES - 1);

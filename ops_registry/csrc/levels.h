@@ -10,7 +10,7 @@
 /* Bits of float32. The first and the end of the magnitudes for which they hold, the end 0 where there are none. */
 struct levels {
     _Alignas(64) uint32_t thresholds[CELLS], below[CELLS], from[CELLS]; /* fractions; bits above the magnitude's */
-    uint32_t offsets[2 * CLASSES];                                      /* of both bases from the exponent, twice */
+    uint32_t offsets[2 * CLASSES]; /* of both bases from the exponent, twice for a whole vector */
     uint32_t first, end, most;
 };
 
@@ -42,7 +42,7 @@ INLINE __m512i look_up_16(const uint32_t *table, __m512i cells) {
 }
 
 /* Whether the bases of n blocks could be looked up by their largest magnitudes. */
-static int look_up_levels(const struct levels *t, const float *amax, int64_t n, struct bases *bases) {
+static int look_up_bases(const struct levels *t, const float *amax, int64_t n, struct bases *bases) {
     const __m512i of_fraction = _mm512_set1_epi32((1 << FRACTION_BITS) - 1);
     const __m512i offsets = _mm512_load_si512(t->offsets);
     __mmask16 is_beyond = 0;
