@@ -7,6 +7,7 @@ import pickle
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits
@@ -285,13 +286,13 @@ def test_a_state_of_other_sizes_is_refused_as_a_whole():
 
 def test_names_that_are_patterns_or_a_key_of_recipes():
     model = nn.Module()
-    for name in ("a[0]", "name", "b"):
+    for name in ("a[0]", "name", "source"):
         model.add_module(name, nn.Linear(4, 4))
-    simulation = simulate(model, {"name": "mxfp8", "*": "nvfp4"})
+    simulation = simulate(model, {"name": "mxfp8", "source": "mxfp4", "*": "nvfp4"})
     recipes = json.loads(simulation.to_json())
     restore(model)
     rows = {row.module: row.recipe for row in simulate(model, recipes).rows}
-    assert rows == {"a[0]": "nvfp4", "name": "mxfp8", "b": "nvfp4"}
+    assert rows == {"a[0]": "nvfp4", "name": "mxfp8", "source": "mxfp4"}
 
 
 def test_the_input_by_its_name():
@@ -359,7 +360,13 @@ def test_no_key_and_contiguous_output_as_in_torch():
 
 def test_a_skipped_attention_has_no_simulated_layer():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
-    assert list(simulate(model, "mxfp4", skip=["attention"]).states) == ["linear"]
+    simulation = simulate(model, "mxfp4", skip=["attention"], seed=np.int64(3))
+    assert list(simulation.states) == ["linear"]
+    assert {row.module: row.recipe for row in simulation.rows}[
+        "attention.out_proj"
+    ] == "high precision: its attention is"
+    with pytest.raises(ValueError, match="or the out_proj alone of an attention"):
+        simulate(nn.MultiheadAttention(8, 2), {"out_proj": "mxfp8"})
 
 
 class TestMultiheadAttention:
@@ -523,6 +530,7 @@ def wrapped():
         (lambda: nn.LazyLinear(3), ["mxfp8"], ValueError, "the model is not initialized"),
         (wrapped, ["mxfp8"], ValueError, "blocks.1.up has a forward of its own, which would be called instead"),
         (net, [{3: "mxfp8"}], TypeError, "patterns must be strings, got 3"),
+        (net, [{"name": "mine", "forwad": {}}], ValueError, "Recipe has name, .*, got forwad"),
     ],
 )
 def test_bad_input_leaves_the_model(make, arguments, error, message):

@@ -268,10 +268,10 @@ class TestFunctions:
     def test_convolutions_are_laid_out_like_torchs(self, d):
         function = [torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d][d - 1]
         x, w = torch.randn(2, 3, *(8,) * d), torch.randn(6, 3, *(3,) * d)
-        layouts = [x] if d == 1 else [x, x.to(memory_format=[torch.channels_last, torch.channels_last_3d][d - 2])]
-        for given in layouts:
-            assert conv(given, w, None, "mxfp8").stride() == function(given, w).stride()
-        for options in ({"stride": (2,)}, {"padding": (1,)}, {"dilation": (2,)}):
+        last = [torch.contiguous_format, torch.channels_last, torch.channels_last_3d][d - 1]
+        for given, weight in ((x, w), (x.to(memory_format=last), w), (x, w.to(memory_format=last))):
+            assert conv(given, weight, None, "mxfp8").stride() == function(given, weight).stride()
+        for options in ({"stride": (2,)}, {"padding": (1,)}, {"dilation": (2,)}, {"stride": np.int64(2)}):
             want = function(x, w, **options)
             assert torch.allclose(conv(x, w, None, Recipe("high"), **options), want, rtol=1e-4, atol=1e-4)
         assert conv(x[:0], w, None, "mxfp8").shape == function(x[:0], w).shape
@@ -413,6 +413,14 @@ def test_a_penalty_on_a_gradient_raises(recipe):
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             (value + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp8_current"])
+def test_gradients_of_functions_require_none(recipe):
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    _, vjp = torch.func.vjp(lambda x: linear(x, w, None, recipe), x)
+    assert not vjp(torch.ones(3, 4))[0].requires_grad
+    assert not torch.func.jacrev(lambda x: linear(x, w, None, recipe))(x).requires_grad
 
 
 def test_a_second_differentiation_raises():

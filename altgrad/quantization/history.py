@@ -30,8 +30,8 @@ class AmaxHistory(torch.nn.Module):
 
     Under activation checkpointing the recomputation in the backward pass gets the scale that the last call of the
     forward pass got, and records nothing. So a history there is for one place, and is called once between a forward
-    pass and its backward pass: micro-batches go forward and backward one by one. What is compiled inside a checkpoint
-    does not know of the recomputation; compile around it.
+    pass and its backward pass, which nothing checks: micro-batches go forward and backward one by one. What is compiled
+    inside a checkpoint does not know of the recomputation; compile around it.
 
     Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax is not recorded:
     the last one counts again.
@@ -47,7 +47,6 @@ class AmaxHistory(torch.nn.Module):
 
     Raises:
         TypeError, ValueError: an unknown format or policy, a length below 1, a margin that is no number.
-        RuntimeError: under activation checkpointing, the second recomputation after several calls.
 
     Example:
         >>> import torch
@@ -81,7 +80,7 @@ class AmaxHistory(torch.nn.Module):
         self.process_group = process_group
         self.register_buffer("history", torch.zeros(length))
         self._used = torch.ones(())  # the scale of the last call outside a backward pass
-        self._calls = self._recomputed = 0  # those calls since the last recomputation, and the recomputations of them
+        self._is_of_forward = False  # whether there was one, so that what is called inside one is a recomputation
 
     def scale(self) -> Tensor:
         """The scale of the history, a 0-d float32 tensor."""
@@ -98,29 +97,17 @@ class AmaxHistory(torch.nn.Module):
         self.history.copy_(torch.cat([new, self.history[:-1]]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return self.scale()
         is_eager = not torch.compiler.is_compiling()
         in_backward = is_eager and torch._C._current_graph_task_id() != -1
-        if in_backward and self._calls:  # of gradients it has no calls but these
-            return self._again()
+        if in_backward and self._is_of_forward:
+            return self._used
         scale = self.scale()
-        self.record(x)
+        if self.training:
+            self.record(x)
         if not in_backward:
             self._used = scale  # also compiled: it keeps a compiler from tracing torch.utils.checkpoint
-            if is_eager:
-                self._calls, self._recomputed = 1 if self._recomputed else self._calls + 1, 0
+            self._is_of_forward |= is_eager
         return scale
-
-    def _again(self) -> Tensor:
-        """The scale of the call that is recomputed. A call alone may be recomputed often, and others never."""
-        self._recomputed += 1
-        if self._calls > 1 and self._recomputed > 1:
-            raise RuntimeError(
-                f"{self._calls} calls of an AmaxHistory came before their recomputation, and it has kept the scale of "
-                "the last: give each place a history, and each forward pass its backward pass before the next"
-            )
-        return self._used
 
     def _apply(self, *args: Any, **kwargs: Any) -> "AmaxHistory":
         """Moves the history, and leaves it in float32: a narrower dtype has not the range of what it records."""

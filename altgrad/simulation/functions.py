@@ -4,7 +4,7 @@ Under autocast they cast as torch's do. A stochastic recipe draws its seeds from
 state is given; delayed scaling needs a state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -110,7 +110,7 @@ def conv(
         bias, recipe, state: as in :func:`linear`, and so are the errors.
 
     Returns:
-        [batch, N, ...] or [N, ...] in x's dtype: contiguous, but for channels_last where x is.
+        [batch, N, ...] or [N, ...] in x's dtype: contiguous, or channels_last where x or weight is and groups is 1.
 
     Example:
         >>> import torch
@@ -143,7 +143,7 @@ def conv(
         y = _product(columns, rows, None if bias is None else bias.view(groups, 1, -1), recipe, state)
     y = y.unflatten(1, (x.shape[0], prod(positions))).permute(1, 0, 3, 2)  # batch, group, channel of it, position
     y = y.reshape(x.shape[0], weight.shape[0], *positions)
-    is_channels_last = d > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    is_channels_last = d > 1 and any(t.stride(1) == 1 and not t.is_contiguous() for t in (x, weight))
     return y if is_channels_last else y.contiguous()
 
 
@@ -194,7 +194,7 @@ def attention(
     if attn_mask is not None:
         is_choice = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if is_choice else scores + attn_mask.to(scores.dtype)
-    weights = dropout(softmax(scores), dropout_p)
+    weights = dropout(scores.softmax(-1) if attn_mask is None or is_causal else softmax(scores), dropout_p)
     return matmul(weights, value, recipe, state=states[1])
 
 
@@ -260,7 +260,7 @@ def _patches(
 
 def _sizes(name: str, value: int | Sequence[int], d: int, least: int) -> tuple[int, ...]:
     """A size for each dimension from one or from as many."""
-    sizes = (value,) if isinstance(value, int) else tuple(value)
-    if len(sizes) not in (1, d) or not all(isinstance(size, int) and size >= least for size in sizes):
+    sizes = tuple(value) if isinstance(value, Iterable) else (value,)
+    if len(sizes) not in (1, d) or any(size < least for size in sizes):
         raise ValueError(f"{name} must be one or {d} integers of at least {least}, got {value!r}")
     return sizes * (d // len(sizes))

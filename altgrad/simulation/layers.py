@@ -137,13 +137,12 @@ def simulated_class(base: type) -> Any:
 def _derive(base: Any) -> type:
     kind = kind_of(base)
     assert kind is not None
-    first = [*signature(base.forward).parameters][1]  # each class has its own name for the input
+    first = [*signature(base.forward).parameters][1:2]  # each class has its own name for the input
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.simulation.enabled:
             return base.forward(self, *args, **kwargs)
-        if first in kwargs:
-            args = kwargs.pop(first), *args
+        args = *(kwargs.pop(name) for name in first if name in kwargs), *args
         return kind.forward(self, *args, **kwargs)
 
     return type(f"Simulated{base.__name__}", (Simulated, base), {"forward": forward, "__doc__": base.__doc__})

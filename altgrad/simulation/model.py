@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -55,12 +55,14 @@ class Simulation:
     @property
     def rows(self) -> list[Row]:
         rows = []
+        unseen = set(_unseen(dict(self.model.named_modules())))
         for name, layer in self.model.named_modules():
             simulated = isinstance(layer, Simulated)
             cls = original_class(type(layer)) if simulated else type(layer)
             kind = kind_of(cls)
             if kind is not None:
-                recipe = layer.simulation.recipe.name if simulated else "high precision: no pattern, or skipped"
+                why = "its attention is" if name in unseen else "no pattern, or skipped"
+                recipe = layer.simulation.recipe.name if simulated else f"high precision: {why}"
                 rows.append(Row(name, kind.name, shape_of(layer, kind), recipe))
             elif isinstance(layer, WITHOUT_FORM) or any(
                 base is not nn.Module and kind_of(base) for base in cls.__mro__
@@ -139,7 +141,8 @@ def simulate(
 
     Raises:
         TypeError, ValueError: an unknown recipe, a pattern that matches no layer, a model without layers to switch or
-            with simulated ones, with a layer that is compiled, quantized or not initialized. The model is as it was.
+            with simulated ones, with a layer that is compiled, quantized, not initialized or has a forward of its own.
+            The model is as it was.
 
     Example:
         >>> import torch
@@ -153,16 +156,21 @@ def simulate(
     _check_model(model)
     if isinstance(skip, str):
         raise TypeError(f"skip must be patterns, a list for one too, got {skip!r}")
-    if not isinstance(seed, int):
+    if not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     layers = {name: (layer, kind) for name, layer in model.named_modules() if (kind := kind_of(type(layer)))}
     chosen = _choose(layers, recipe, list(skip))
     if not chosen:
-        raise ValueError("no layer of the model is simulated: it has none that can be, or none that a pattern matches")
+        raise ValueError(
+            "no layer of the model is simulated: it has none that can be, none that a pattern matches, or the out_proj "
+            "alone of an attention, which does not call it"
+        )
     states = {}
     for name, chosen_recipe in chosen.items():
         layer, kind = layers[name]
         _check_layer(name, layer)
+        if "forward" in vars(layer):
+            raise ValueError(f"{name or 'the model'} has a forward of its own, which would be called instead")
         simulated_class(type(layer))
         device = next(layer.parameters()).device
         states[name] = SimulationState(
@@ -274,8 +282,6 @@ def _check_model(model: nn.Module) -> None:
 def _check_layer(name: str, layer: nn.Module) -> None:
     if hasattr(layer, "simulation"):
         raise ValueError(f"{name or 'the model'} has an attribute named simulation")
-    if "forward" in vars(layer):
-        raise ValueError(f"{name or 'the model'} has a forward of its own, which would be called instead")
     parameters = list(layer.parameters())
     if not parameters:
         raise ValueError(f"{name or 'the model'}, a {type(layer).__name__}, has no parameters: is it quantized?")
@@ -288,8 +294,10 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 
 def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: list[str]) -> dict[str, Recipe]:
     """The recipes of the layers that get one, by name."""
-    is_recipe = isinstance(recipe, Mapping) and recipe.keys() <= {f.name for f in fields(Recipe)}
-    is_patterns = isinstance(recipe, Mapping) and not (is_recipe and isinstance(recipe.get("name"), str))
+    is_patterns = isinstance(recipe, Mapping) and (
+        not isinstance(recipe.get("name"), str)  # a layer of that name has a recipe, and all have one
+        or all(isinstance(value, str | Recipe | None) for value in recipe.values())
+    )
     patterns: dict[str, Any] = dict(recipe) if is_patterns else {"*": recipe}  # type: ignore[arg-type]
     for pattern in (*patterns, *skip):
         if not isinstance(pattern, str):
@@ -306,10 +314,16 @@ def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: 
             match = next((value for pattern, value in recipes.items() if _matches(name, pattern)), None)
             if match is not None:
                 chosen[name] = match
-    for name, (layer, _) in layers.items():
-        if isinstance(layer, nn.MultiheadAttention) and name not in chosen:  # which reads this layer's weight itself
-            chosen.pop(f"{name}.out_proj".removeprefix("."), None)
+    for name in _unseen({name: layer for name, (layer, _) in layers.items() if name not in chosen}):
+        chosen.pop(name, None)
     return chosen
+
+
+def _unseen(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names of layers whose weight torch's attention reads, without calling them."""
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            yield f"{name}.out_proj".removeprefix(".")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -50,8 +50,10 @@ def attend(
         mask = None if mask is None else pad(mask, (0, 1))
     q, k, v = (t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = _multiply(layer, q, k.mT, PROJECTIONS) * q.shape[-1] ** -0.5
-    scores = scores if mask is None else scores + mask
-    weights = scores.softmax(-1) if need_weights else softmax(scores)  # as torch, which has NaN to show for no key
+    if mask is None or need_weights:  # as torch, which shows NaN for a query without keys
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+    else:
+        weights = softmax(scores + mask)
     weights = dropout(weights, layer.dropout, layer.training)
     out = _multiply(layer, weights, v, PROJECTIONS + 1).transpose(1, 2).flatten(-2)
     out = layer.out_proj(out)

@@ -90,9 +90,12 @@ class _Product(torch.autograd.Function):
         if (
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
         ):  # compiled backward passes raise by themselves
-            # Where operands were kept there is none of what they came from: a leaf stands for it.
-            leaf = torch.empty(0, device=grad.device, requires_grad=True)
-            origins = [t for t in (grad, leaf, *ctx.saved_tensors[:2]) if t is not None]
+            origins = [t for t in (grad, *ctx.saved_tensors[:2]) if t is not None]
+            is_kept = keeps_left(ctx.recipe) or keeps_right(ctx.recipe)
+            if is_kept and isinstance(ctx, _Product._backward_cls):
+                # There is none of what the operand came from: a leaf stands for it, but not under torch.func, whose
+                # gradients always are such as could be differentiated.
+                origins.append(torch.empty(0, device=grad.device, requires_grad=True))
             gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
         return *gradients, *(None,) * 5
 

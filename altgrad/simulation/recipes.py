@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 from ops_registry.accumulators import Accumulator, resolve_accumulator
@@ -93,7 +94,7 @@ class Rule(_Data):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
         for name in ("fraction", "scale", "headroom"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) and not (name == "scale" and value is None):
+            if not isinstance(value, Real) and not (name == "scale" and value is None):
                 raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction must be from 0 to 1, got {self.fraction!r}")
