@@ -197,6 +197,15 @@ def test_a_recomputation_takes_the_scale_of_the_last_call(reentrant):
     assert_same_bits(*gradients)
 
 
+def test_an_eager_call_between_compiled_ones_recompiles_nothing():
+    torch._dynamo.reset()
+    history, x, graphs = AmaxHistory(E4M3, length=4), torch.randn(8), []
+    compiled = torch.compile(lambda x: quantize(x, E4M3, history(x)), backend=lambda g, _: graphs.append(g) or g)
+    for f in (compiled, history, compiled):
+        f(x)
+    assert len(graphs) == 1
+
+
 @pytest.mark.compiles
 def test_compiled_gradients():
     torch._dynamo.reset()

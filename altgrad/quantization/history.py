@@ -106,7 +106,8 @@ class AmaxHistory(torch.nn.Module):
             self.record(x)
         if not in_backward:
             self._used = scale  # also compiled: it keeps a compiler from tracing torch.utils.checkpoint
-            self._is_of_forward |= is_eager
+            if is_eager:
+                self._is_of_forward = True
         return scale
 
     def _apply(self, *args: Any, **kwargs: Any) -> "AmaxHistory":
