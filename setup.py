@@ -36,7 +36,7 @@ class BuildKernels(build_ext):
         build = Path(self.build_temp)
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(source.glob("*.[ch]")))).hexdigest()
         objects = self.compiler.compile(
-            [str(source / "main.c")],
+            [str(source / "main.c"), str(source / "launches.c")],
             str(build),
             macros=[("SOURCES", f'"{digest}"'), *([("ALTGRAD_X86", None)] if IS_X86 else [])],
             extra_postargs=FLAGS,

@@ -197,13 +197,14 @@ def _register_kernel(name: str, rule: Rule) -> None:
     function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
 
     redispatch = op._handle.redispatch_boxed
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
         if transforms_are_active():
             modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return function.apply(modes, keyset, *args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if is_grad_enabled() and any_requires_grad(*args):
             return function.apply(None, keyset, *args)
         keys = _PLAIN.get(keyset.raw_repr())
         return below_autograd(keyset, args) if keys is None else redispatch(keys, *args)

@@ -5,13 +5,10 @@ the C function ``torch_parallel_for``, so it uses as many threads as any torch o
 """
 
 import ctypes
-import hashlib
 import os
 import struct
-import warnings
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +33,7 @@ from .formats import FP8Format, resolve
 from .hadamard import SIZE, transformed
 from .layout import laid_out_as, strides_over
 from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
+from .native import load, of_torch, warn_without
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
 from .tiles import CHUNK, Scaling, Strips, fits_blocks, matrices_of, scaling_of, strips_of
@@ -68,16 +66,11 @@ Size = tuple[int, ...]
 def _load() -> tuple[Any, str]:
     """The library and the name of what serves."""
     wanted = os.environ.get("ALTGRAD_CPU_TARGET") or None
-    path = Path(__file__).with_name("_kernels.so")
-    if wanted == "aten" or not (wanted or path.exists()):
+    native = None if wanted == "aten" else load()
+    if native is None:
+        if wanted not in (None, "aten"):
+            raise ImportError(f"ALTGRAD_CPU_TARGET={wanted}, but the C kernels were not built")
         return None, "aten"
-    if not path.exists():
-        raise ImportError(f"ALTGRAD_CPU_TARGET={wanted}, but the C kernels were not built")
-    native = ctypes.CDLL(str(path))
-    sources = b"".join(source.read_bytes() for source in sorted(path.with_name("csrc").glob("*.[ch]")))
-    digest = hashlib.sha256(sources).hexdigest().encode()
-    if not hasattr(native, "altgrad_sources") or ctypes.string_at(native.altgrad_sources) != digest:
-        raise ImportError(f"{path} was built from other sources than are in csrc: build altgrad again")
     native.altgrad_select.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     native.altgrad_select.restype = ctypes.c_char_p
     native.altgrad_run.argtypes = [ctypes.c_char_p] * 3
@@ -102,9 +95,7 @@ def _load() -> tuple[Any, str]:
 
 def select(native: Any, target: str | None) -> str | None:
     """Makes the library run the target, or the best one for None; the name of what runs, None where it cannot."""
-    # The handle of torch's extension module reaches whatever that links to.
-    parallel_for = ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, ctypes.c_void_p)
-    name = native.altgrad_select(target and target.encode(), parallel_for)
+    name = native.altgrad_select(target and target.encode(), of_torch("torch_parallel_for"))
     return name and name.decode()
 
 
@@ -453,31 +444,11 @@ KERNELS = with_twins(
 )
 
 
-@cache
-def _warn_of_aten() -> None:
-    folder = Path(__file__).parent
-    if (folder.parent / "pyproject.toml").exists():
-        advice = (
-            "it is a source tree, which Python found before what is installed. Start Python in another directory or "
-            "with PYTHONSAFEPATH=1, or build the kernels in place with `pip install -e .`"
-        )
-    else:
-        advice = (
-            "no C compiler was found when altgrad was installed. Install one, then altgrad again with "
-            "`pip install --force-reinstall --no-cache-dir`: pip keeps what it once built"
-        )
-    warnings.warn(
-        f"altgrad computes on the CPU without its C kernels, 14 to 60 times slower: {folder} has none, for {advice}. "
-        "The environment variable ALTGRAD_CPU_TARGET=aten asks for this and silences the warning.",
-        stacklevel=2,
-    )
-
-
 def _slow(name: str) -> Callable[..., Tensor]:
     formula = aten.KERNELS[name]
 
     def kernel(*args: Any) -> Tensor:
-        _warn_of_aten()
+        warn_without("computes on the CPU without its C kernels, 14 to 60 times slower")
         return formula(*args)
 
     return kernel

@@ -1,38 +1,62 @@
-"""Launches of Triton kernels: compiled once for types and constants, and run again past Triton's own Python.
+"""Launches of Triton kernels: compiled once for types and constants, and run again past Triton and Python.
 
 What is launched follows from sizes, strides, dtypes, devices and alignments of an operator's tensors and from options.
-The first call with them goes the whole way: checks, plan, Triton. It leaves a Call behind, by which the driver runs the
-same kernel on the addresses of a later one.
+The first call with them goes the whole way: checks, plan, Triton. Of it csrc/launches.c remembers all but addresses; it
+makes the outputs of a later one, and has the driver run the same kernel.
 """
 
 import ctypes
-import struct
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from operator import itemgetter
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
+from .native import load, of_torch, warn_without
 from .operators import OPERATORS
 
-MAX_CALLS = 4096
+MAX_KINDS = 4096
+INPUTS = 3  # tensors of an operator; one that has fewer gives x for the others
 _SCRATCH = (0, 0)  # a compiled kernel ends with pointers to scratch memory, null where it asks for none
-_SLOTS = 24  # arguments of a kernel at most
-_CONFIG = 56  # bytes of a CUlaunchConfig: grid, threads, shared memory; stream; no attributes
+_SLOTS, _DIMS = 24, 8  # arguments of a kernel, and dimensions, that csrc/launches.c has room for
 
 # What a kernel was compiled for -> the compiled kernel. Its launch skips the search in Triton's own cache.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
+# The operators of csrc/launches.c. A kind is an operator with its options. Where nothing is remembered of it and such
+# tensors, again gives undefined ones, which are None in Python.
+_library = torch.library.Library("altgrad_launches", "DEF")
+_library.define("again(int kind, Tensor x, Tensor second, Tensor third) -> (Tensor, Tensor)")
+_library.define(
+    "remember(int kind, Tensor x, Tensor second, Tensor third, Tensor out, Tensor other, Tensor numbers) -> ()"
+)
+_again = torch.ops.altgrad_launches.again.default._handle.redispatch_boxed
+_remember = torch.ops.altgrad_launches.remember.default._handle.redispatch_boxed
+KEYS = DispatchKeySet(DispatchKey.CUDA)
+_kinds = count()
 
-def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-
-
-# On the current device. Inductor's, where torch has it: half the time.
-empty: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty)
+# Of struct functions in csrc/launches.c, but for the driver's, which is the last.
+FUNCTIONS = (
+    "aoti_torch_library_init_impl",
+    "torch_library_impl",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_item_float32",
+    "aoti_torch_empty_strided",
+    "aoti_torch_zero_",
+    "aoti_torch_new_uninitialized_tensor",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_get_current_device_index",
+    "aoti_torch_get_current_cuda_stream",
+)
 
 
 class Launch(NamedTuple):
@@ -50,56 +74,27 @@ class Launch(NamedTuple):
     from_zero: bool = False
 
 
-class Call(NamedTuple):
-    """A launch whose addresses alone are to come: those of the operator's tensors and outputs.
-
-    outputs: the shape, strides and dtype of each; from_zero: they are 0 before it. with_number: the value of the
-    operator's second tensor goes before the pointers. pack_into writes the memory of a Driver.
-    """
-
-    outputs: tuple[tuple[Any, ...], ...]
-    from_zero: bool
-    device: int
-    function: int
-    grid: tuple[int, ...]
-    sources: Callable[[list[int]], tuple[Any, ...]]  # of the addresses of the operator's tensors and outputs
-    with_number: bool
-    integers: tuple[int, ...]
-    pack_into: Callable[..., None]
-    owner: Any  # unloads the function when it goes
+def launch_by(native: Any, functions: list[int]) -> None:
+    """Has csrc/launches.c call the functions of these addresses, in the order of its struct."""
+    native.altgrad_launch_by((ctypes.c_void_p * len(functions))(*functions))
 
 
-class Driver(threading.local):
-    """A thread's way to the CUDA driver: a CUlaunchConfig, and behind it 8 bytes for each argument of a kernel."""
-
-    def __init__(self) -> None:
-        self.launch: Any = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-        self.launch.argtypes = [ctypes.c_void_p] * 4
-        self.allocate()
-
-    def allocate(self) -> None:
-        self.memory = bytearray(_CONFIG + 8 * _SLOTS)
-        self.config = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        first = self.config + _CONFIG
-        self.slots = (ctypes.c_void_p * _SLOTS)(*range(first, first + 8 * _SLOTS, 8))
-        self.parts = self.launch, self.memory, self.config, ctypes.addressof(self.slots)
+def functions_of_cuda() -> list[int]:
+    driver = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    return [*[of_torch(name) for name in FUNCTIONS], ctypes.cast(driver, ctypes.c_void_p).value or 0]
 
 
-driver = cache(Driver)
-
-
-def key_of(options: Sequence[Any], tensors: tuple[Tensor | None, ...]) -> tuple[tuple[Any, ...], list[int]]:
-    """What a launch depends on in its tensors, behind its options, and their addresses: kernels differ by alignment."""
-    key, addresses = [*options], []
-    for tensor in tensors:
-        if tensor is None:
-            address = 0
-            key.append(None)
-        else:
-            address = tensor.data_ptr()
-            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), address & 15)
-        addresses.append(address)
-    return tuple(key), addresses
+@cache
+def is_remembering() -> bool:
+    """Whether launches are remembered: csrc/launches.c serves its operators as soon as this is asked."""
+    native = load()
+    if native is None:
+        warn_without("launches CUDA kernels without its C library, which takes twice as long")
+        return False
+    launch_by(native, functions_of_cuda())
+    if not native.altgrad_serve_launches(b"CUDA"):
+        raise RuntimeError("torch did not take the kernels of csrc/launches.c")
+    return True
 
 
 def start(launch: Launch) -> Any:
@@ -123,15 +118,15 @@ def start(launch: Launch) -> Any:
     return compiled
 
 
-def call_of(
+def numbers_of(
     launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
-) -> Call | None:
-    """The launch without its addresses; None where more than they may change, or the driver needs to know more."""
+) -> list[int] | None:
+    """The launch as csrc/launches.c reads it; None where more than addresses may change, or the driver needs more."""
     metadata = getattr(compiled, "metadata", None)
-    theirs = (*tensors, *outputs)
-    given = [id(tensor) for tensor in theirs if tensor is not None]
-    has_two_roles = len(set(given)) < len(given)  # a tensor, and which is read cannot be told
-    if metadata is None or torch.version.hip or has_two_roles:
+    theirs = (*tensors, *[None] * (INPUTS - len(tensors)), *outputs)
+    given = [tensor for tensor in theirs if tensor is not None]
+    has_two_roles = len({id(tensor) for tensor in given}) < len(given)  # a tensor, and which is read cannot be told
+    if metadata is None or torch.version.hip or has_two_roles or any(tensor.ndim > _DIMS for tensor in given):
         return None
     needs = "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size"
     is_plain = metadata.num_ctas == 1 and all(out.data_ptr() % 16 == 0 for out in outputs)
@@ -140,37 +135,14 @@ def call_of(
     with_number = isinstance(launch.tensors[0], float)
     if with_number and tensors[1].dtype == torch.float64:  # type: ignore[union-attr]  # float32 may not hold it
         return None
-    places = {id(tensor): place for place, tensor in enumerate(theirs)}
+    places = {id(tensor): place for place, tensor in enumerate(theirs) if tensor is not None}
     sources = [places.get(id(tensor), -1) for tensor in launch.tensors[with_number:]]
-    if -1 in sources:  # a copy, in another layout
+    integers = (*launch.integers, *_SCRATCH)
+    if -1 in sources or with_number + len(sources) + len(integers) > _SLOTS:  # -1: a copy, in another layout
         return None
-    number = "f4x" if with_number else ""
-    slots = struct.Struct(f"=7I4xq16x{number}{len(sources) + len(launch.integers) + len(_SCRATCH)}q")
-    grid = launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
-    to_make = tuple((tuple(out.shape), out.stride(), out.dtype) for out in outputs)
-    integers, of_outputs = (*launch.integers, *_SCRATCH), (to_make, launch.from_zero, outputs[0].get_device())
-    pick = itemgetter(*sources)
-    return Call(*of_outputs, compiled.function, grid, pick, with_number, integers, slots.pack_into, compiled)
-
-
-def again(call: Call, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> list[Tensor] | None:
-    """The outputs of the call on these tensors; None where the driver did not launch it, and Triton has to."""
-    outputs, from_zero, device, function, grid, sources, with_number, integers, pack_into, _ = call
-    if device != torch._C._cuda_getDevice():
-        return None
-    made = [empty(*place) for place in outputs]
-    if from_zero:
-        for output in made:
-            output.zero_()
-    addresses += [output.data_ptr() for output in made]
-    if addresses[-1] & 15:
-        return None
-    pointers = sources(addresses)
-    if with_number:
-        pointers = tensors[1].item(), *pointers  # type: ignore[union-attr]
-    launch, memory, config, slots = driver().parts
-    pack_into(memory, 0, *grid, torch._C._cuda_getCurrentRawStream(device), *pointers, *integers)
-    return None if launch(config, function, slots, None) else made
+    sizes = launch.programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
+    traits = outputs[0].get_device(), launch.from_zero, with_number, len(outputs), len(sources), len(integers)
+    return [compiled.function, *sizes, *traits, *sources, *integers]
 
 
 def served(
@@ -180,28 +152,34 @@ def served(
 
     The formula serves where no launch is described.
     """
-    count = OPERATORS[name].tensors
-    types = [str(argument.type) for argument in getattr(torch.ops.altgrad, name).default._schema.arguments[count:]]
+    tensors = OPERATORS[name].tensors
+    types = [str(argument.type) for argument in getattr(torch.ops.altgrad, name).default._schema.arguments]
     block = types.index("List[int]") if "List[int]" in types else None  # no key for a dictionary
-    calls: dict[tuple[Any, ...], Call] = {}
+    kinds: dict[tuple[Any, ...], int] = {}
 
     def kernel(*args: Any) -> Any:
-        tensors, options = args[:count], [*args[count:]]
+        x, second, third = (*args[:tensors], args[0], args[0])[:INPUTS]
+        options = args[tensors:]
         if block is not None:
-            options[block] = tuple(options[block])
-        key, addresses = key_of(options, tensors)
-        call = calls.get(key)
-        if call is not None and (made := again(call, tensors, addresses)) is not None:
-            return made[0] if len(made) == 1 else tuple(made)
+            options = second is None, third is None, *args[tensors:block], *args[block], *args[block + 1 :]
+            second, third = x if second is None else second, x if third is None else third
+        kind = kinds.get(options)
+        if kind is not None:
+            made = _again(KEYS, kind, x, second, third)
+            if made[0] is not None:
+                return made[0] if made[1] is None else made
         output, launch = describe(*args)
         if launch is None:
             return formula(*args)
         outputs = (output,) if isinstance(output, Tensor) else output
-        call = call_of(launch, start(launch), tensors, outputs)
-        if call is not None:
-            if len(calls) >= MAX_CALLS:
-                calls.clear()
-            calls[key] = call
+        numbers = numbers_of(launch, start(launch), args[:tensors], outputs)
+        if numbers is not None and is_remembering():
+            if kind is None:
+                if len(kinds) >= MAX_KINDS:
+                    kinds.clear()
+                kind = kinds[options] = next(_kinds)
+            given = x, second, third, outputs[0], outputs[-1], torch.tensor(numbers, dtype=torch.int64)
+            _remember(KEYS, kind, *given)
         return output
 
     return kernel

@@ -4,6 +4,7 @@ Tests named ``interpreted`` run the kernels on the CPU, in the process of test_i
 """
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from interpreter import interpreted
 from samples import SAMPLES
 
 from altgrad.quantization import E4M3, E5M2, E7M0, quantize, resolve
-from ops_registry import aten, cuda
+from ops_registry import aten, cuda, launches
 from ops_registry.accumulators import resolve_accumulator
 from ops_registry.arithmetic import code_dtype
 from ops_registry.modes import DETERMINISTIC_ROUNDINGS, SATURATIONS
@@ -346,6 +347,38 @@ def check_layout(x, scale, random_bits, device):
             strides = [[stride for stride, n in zip(t.stride(), t.shape) if n != 1] for t in (got, want)]
             assert strides[0] == strides[1]
             assert_same_bits(got, want)
+
+
+@pytest.mark.gpu
+def test_repeated_launches(monkeypatch):
+    """Without Triton wherever a call comes from: other streams, threads and modes, a graph, a gradient."""
+    x, scale = torch.randn(64, 96), torch.tensor(0.37)
+    want = aten.KERNELS["quantize"](x, scale, "E4M3")
+    on_cuda = x.cuda(), scale.cuda()
+    torch.ops.altgrad.quantize(*on_cuda, "E4M3")
+    monkeypatch.setattr(launches, "start", lambda launch: pytest.fail("Triton launches"))
+
+    def check(x=on_cuda[0]):
+        got = torch.ops.altgrad.quantize(x, on_cuda[1], "E4M3")
+        torch.cuda.synchronize()
+        assert_same_bits(got, want)
+        return got
+
+    assert check(on_cuda[0].clone().requires_grad_()).requires_grad
+    with torch.inference_mode():
+        assert check().is_inference()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check()
+    # A thread without a context of CUDA, which torch's first kernel there makes, is left to Triton.
+    with ThreadPoolExecutor(4, initializer=lambda: torch.zeros(1, device="cuda")) as pool:
+        for result in [pool.submit(check) for _ in range(64)]:
+            result.result()
+    graph, static = torch.cuda.CUDAGraph(), on_cuda[0].clone().zero_()
+    with torch.cuda.graph(graph):
+        out = torch.ops.altgrad.quantize(static, on_cuda[1], "E4M3")
+    static.copy_(on_cuda[0])
+    graph.replay()
+    assert_same_bits(out, want)
 
 
 def _move(tensor, device):

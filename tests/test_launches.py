@@ -1,67 +1,158 @@
-"""What a repeated launch hands to the driver, without one: a recorder stands in its place."""
+"""What a repeated launch hands to the driver, without one: a recorder stands in its place, CPU tensors for CUDA's."""
 
 import ctypes
 import struct
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 
-from ops_registry import launches
-from ops_registry.launches import Launch, call_of, key_of
+from ops_registry import launches, native
+from ops_registry.launches import FUNCTIONS, Launch, numbers_of
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="needs the C library")
 
 METADATA = {"num_warps": 4, "num_ctas": 1, "shared": 256, "global_scratch_size": 0}
+MODES = "propagate", "nearest_ties_to_even"
+HERE = -1  # the device of CPU tensors
+INT, POINTER = ctypes.c_int32, ctypes.c_void_p
+
+
+def store(address, ctype, value):
+    ctype.from_address(address).value = value
+
+
+class Recorder:
+    """Stands for the driver, for what torch knows of CUDA, and for its allocations.
+
+    launched: (function, grid and threads, shared memory, stream, the first arguments) of each launch.
+    """
+
+    def __init__(self):
+        functions = {
+            "aoti_torch_get_data_ptr": (self.data_ptr, [POINTER] * 2),
+            "aoti_torch_empty_strided": (self.empty_strided, [ctypes.c_int64, POINTER, POINTER, *[INT] * 3, POINTER]),
+            "aoti_torch_zero_": (self.zero, [POINTER]),
+            "aoti_torch_delete_tensor_object": (self.delete, [POINTER]),
+            "aoti_torch_get_current_device_index": (self.current_device, [POINTER]),
+            "aoti_torch_get_current_cuda_stream": (self.current_stream, [INT, POINTER]),
+            "cuLaunchKernelEx": (self.launch, [POINTER] * 4),
+        }
+        self.callbacks = {name: ctypes.CFUNCTYPE(INT, *types)(f) for name, (f, types) in functions.items()}
+        mine = {name: ctypes.cast(callback, POINTER).value for name, callback in self.callbacks.items()}
+        others = {name: native.of_torch(name) for name in FUNCTIONS if name not in mine}
+        self.real = {
+            name: ctypes.CFUNCTYPE(INT, *functions[name][1])(native.of_torch(name)) for name in list(functions)[:4]
+        }
+        self.functions = [(others | mine)[name] for name in (*FUNCTIONS, "cuLaunchKernelEx")]
+        self.start_anew()
+
+    def start_anew(self):
+        self.launched, self.made, self.zeroed = [], [], []
+        self.arguments, self.device, self.offset, self.errors = 8, HERE, 0, {}
+
+    def data_ptr(self, tensor, out):
+        status = self.real["aoti_torch_get_data_ptr"](tensor, out)
+        if tensor in self.made:
+            store(out, ctypes.c_int64, ctypes.c_int64.from_address(out).value + self.offset)
+        return status
+
+    def empty_strided(self, *args):
+        if "empty_strided" in self.errors:
+            return 1
+        status = self.real["aoti_torch_empty_strided"](*args)
+        self.made.append(POINTER.from_address(args[-1]).value)
+        return status
+
+    def zero(self, tensor):
+        self.zeroed.append(tensor)
+        return self.real["aoti_torch_zero_"](tensor)
+
+    def delete(self, tensor):
+        if tensor in self.made:
+            self.made.remove(tensor)
+        return self.real["aoti_torch_delete_tensor_object"](tensor)
+
+    def current_device(self, index):
+        store(index, INT, self.device)
+        return 0
+
+    def current_stream(self, device, stream):
+        store(stream, POINTER, 77 if device == HERE else None)
+        return 0
+
+    def launch(self, config, function, pointers, extra):
+        *sizes, shared, stream, attributes, number = struct.unpack("7I4xqqI4x", ctypes.string_at(config, 56))
+        addresses = (POINTER * self.arguments).from_address(pointers)
+        slots = [ctypes.c_int64.from_address(address).value for address in addresses]
+        self.launched.append((function, tuple(sizes), shared, stream, slots))
+        return self.errors.get("launch", 0) + (attributes or number or extra or 0)
+
+
+@cache
+def recorder():
+    """The only one of the process: torch takes one kernel for each of its keys."""
+    made = Recorder()
+    launches.launch_by(native.load(), made.functions)
+    assert native.load().altgrad_serve_launches(b"CPU")
+    return made
 
 
 @pytest.fixture
 def driven(monkeypatch):
-    """The launches of a recorder: (function, grid and threads, shared memory, stream, arguments)."""
-    recorded = []
-
-    def launch(config, function, pointers, extra):
-        assert extra is None
-        *sizes, shared, stream, attributes, number = struct.unpack("7I4xqqI4x", ctypes.string_at(config, 56))
-        assert attributes == number == 0
-        addresses = (ctypes.c_int64 * launches._SLOTS).from_address(pointers)
-        slots = [ctypes.c_int64.from_address(address).value for address in addresses]
-        recorded.append((function, tuple(sizes), shared, stream, slots))
-        return 0
-
-    class Recorder(launches.Driver):
-        def __init__(self):
-            self.launch = launch
-            self.allocate()
-            self.memory[:] = b"\xff" * len(self.memory)
-
-    recorder = Recorder()
-    monkeypatch.setattr(launches, "driver", lambda: recorder)
-    monkeypatch.setattr(
-        launches, "empty", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
-    )
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors are
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    return recorded
+    made = recorder()
+    made.start_anew()
+    launches.launch_by(native.load(), made.functions)
+    monkeypatch.setattr(launches, "is_remembering", lambda: True)
+    monkeypatch.setattr(launches, "KEYS", DispatchKeySet(DispatchKey.CPU))
+    yield made
+    monkeypatch.undo()
+    if torch.cuda.is_available():
+        launches.launch_by(native.load(), launches.functions_of_cuda())
 
 
 def compiled(**changes):
     return SimpleNamespace(function=1234, metadata=SimpleNamespace(**METADATA | changes))
 
 
-def again(call, tensors):
-    _, addresses = key_of([], tensors)
-    return launches.again(call, tensors, addresses)
+KINDS = iter(range(10**6, 2 * 10**6))  # none of a served operator
+
+
+def padded(tensors):
+    return (*tensors, *[tensors[0]] * (launches.INPUTS - len(tensors)))
+
+
+def remember(launch, tensors, outputs, kind=None):
+    """Remembers the launch under a new kind, or the one given, which is returned."""
+    kind = next(KINDS) if kind is None else kind
+    numbers = torch.tensor(numbers_of(launch, compiled(), tensors, outputs))
+    launches._remember(launches.KEYS, kind, *padded(tensors), outputs[0], outputs[-1], numbers)
+    return kind
+
+
+def again(kind, *tensors):
+    return launches._again(launches.KEYS, kind, *padded(tensors))
+
+
+def simple_call(x, scale):
+    """A launch on the two of what would write x's like."""
+    out = torch.empty_like(x)
+    return remember(Launch(None, 5, [scale, x, out], (32,), (), {}), (x, scale), (out,))
 
 
 def test_arguments(driven):
-    x, scale, out = torch.randn(8, 4), torch.ones(()), torch.empty(8, 4, dtype=torch.float16)
-    call = call_of(Launch(None, 5, [scale, x, out, out], (32, -7), (), {}), compiled(), (x, scale), (out,))
+    x, scale, out = torch.randn(8, 4), torch.ones(()), torch.empty(4, 8, dtype=torch.float16).t()
+    kind = remember(Launch(None, 5, [scale, x, out, out], (32, -7), (), {}), (x, scale), (out,))
     y, other = torch.randn(8, 4), torch.ones(())
-    (result,) = again(call, (y, other))
-    assert (result.shape, result.dtype) == ((8, 4), torch.float16)
-    ((function, sizes, shared, stream, slots),) = driven
+    result, nothing = again(kind, y, other)
+    assert nothing is None
+    assert (result.shape, result.stride(), result.dtype) == ((8, 4), (1, 8), torch.float16)
+    ((function, sizes, shared, stream, slots),) = driven.launched
     assert (function, sizes, shared, stream) == (1234, (5, 1, 1, 128, 1, 1), 256, 77)
     pointers = [other.data_ptr(), y.data_ptr(), result.data_ptr(), result.data_ptr()]
-    assert slots[:8] == [*pointers, 32, -7, 0, 0], "addresses, integers, scratch memory"
+    assert slots == [*pointers, 32, -7, 0, 0], "addresses, integers, scratch memory"
 
 
 def test_two_outputs(driven, monkeypatch):
@@ -75,68 +166,112 @@ def test_two_outputs(driven, monkeypatch):
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
     kernel = launches.served("quantize_operands", describe, None)
-    args = None, None, "E4M3", "propagate", "nearest_ties_to_even", [1, 4]
+    args = None, None, "E4M3", *MODES, [1, 4]
     for x in (torch.randn(4, 8), torch.randn(4, 8)):
         outputs = kernel(x, *args)
         assert [(out.shape, out.stride()) for out in outputs] == [((4, 8), (8, 1)), ((8, 4), (1, 8))]
-    assert len(described) == len(driven) == 1
-    assert driven[0][-1][:6] == [x.data_ptr()] * 3 + [out.data_ptr() for out in outputs] + [32]
+    assert len(described) == len(driven.launched) == 1
+    assert driven.launched[0][-1] == [*[x.data_ptr()] * 3, *[out.data_ptr() for out in outputs], 32, 0, 0]
 
 
-def test_an_output_that_is_zero_before(driven, monkeypatch):
-    launch = Launch(None, 3, [x := torch.randn(4), out := torch.zeros(1)], (4,), (), {}, from_zero=True)
-    call = call_of(launch, compiled(), (x,), (out,))
-    monkeypatch.setattr(launches, "empty", lambda *place: torch.full((1,), torch.nan))
-    assert again(call, (x,))[0].tolist() == [0.0]
+def test_an_output_that_is_zero_before(driven):
+    x, out = torch.randn(4), torch.zeros(1)
+    driven.arguments = 5
+    for from_zero in (True, False):
+        kind = remember(Launch(None, 3, [x, out], (4,), (), {}, from_zero), (x,), (out,))
+        (result, _) = again(kind, x)
+        assert len(driven.zeroed) == 1
+        assert not from_zero or result.tolist() == [0.0]
 
 
-def test_a_number(driven):
-    x, scale, out = torch.randn(4), torch.tensor(0.37), torch.empty(4)
-    call = call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale), (out,))
-    (result,) = again(call, (x, torch.tensor(0.1)))
-    slots = driven[0][-1]
-    assert struct.pack("q", slots[0])[:4] == struct.pack("f", 0.1)
-    assert slots[1:7] == [x.data_ptr(), result.data_ptr(), result.data_ptr(), 4, 0, 0]
-    assert call_of(Launch(None, 1, [0.37, x, out, out], (4,), (), {}), compiled(), (x, scale.double()), (out,)) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_number(driven, dtype):
+    x, scale, out = torch.randn(4), torch.tensor(0.37, dtype=dtype), torch.empty(4)
+    launch = Launch(None, 1, [0.37, x, out, out], (4,), (), {})
+    kind = remember(launch, (x, scale), (out,))
+    driven.arguments = 7
+    other = torch.tensor(0.1, dtype=dtype)
+    result, _ = again(kind, x, other)
+    slots = driven.launched[0][-1]
+    assert struct.pack("q", slots[0])[:4] == struct.pack("f", other.item())
+    assert slots[1:] == [x.data_ptr(), result.data_ptr(), result.data_ptr(), 4, 0, 0]
+    assert numbers_of(launch, compiled(), (x, scale.double()), (out,)) is None
 
 
-def test_what_is_not_repeated(driven):
+def test_what_is_not_repeated():
     x, scale, out = torch.randn(4), torch.ones(()), torch.empty(4)
     launch = Launch(None, 1, [scale, x, out, out], (4,), (), {})
-    assert call_of(launch, compiled(), (x, scale), (out,))
-    assert call_of(launch, None, (x, scale), (out,)) is None
-    assert call_of(launch, compiled(), (x, x), (out,)) is None, "which of two is read cannot be told"
-    assert call_of(launch._replace(tensors=[scale, x.clone(), out, out]), compiled(), (x, scale), (out,)) is None
+    assert numbers_of(launch, compiled(), (x, scale), (out,))
+    assert numbers_of(launch, None, (x, scale), (out,)) is None
+    assert numbers_of(launch, compiled(), (x, x), (out,)) is None, "which of two is read cannot be told"
+    assert numbers_of(launch._replace(tensors=[scale, x.clone(), out, out]), compiled(), (x, scale), (out,)) is None
     for change in ({"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}):
-        assert call_of(launch, compiled(**change), (x, scale), (out,)) is None
+        assert numbers_of(launch, compiled(**change), (x, scale), (out,)) is None
     odd = torch.empty(5)[1:]
-    assert call_of(launch._replace(tensors=[scale, x, odd, odd]), compiled(), (x, scale), (odd,)) is None
+    assert numbers_of(launch._replace(tensors=[scale, x, odd, odd]), compiled(), (x, scale), (odd,)) is None
+    assert numbers_of(launch._replace(integers=(1,) * 19), compiled(), (x, scale), (out,)) is None, "25 arguments"
+    deep, like = torch.randn([1] * 9), torch.randn([1] * 9)
+    assert numbers_of(Launch(None, 1, [scale, deep, like], (), (), {}), compiled(), (deep, scale), (like,)) is None
 
 
-def test_the_driver_refuses(driven, monkeypatch):
-    x, scale, out = torch.randn(4), torch.ones(()), torch.empty(4)
-    call = call_of(Launch(None, 1, [scale, x, out, out], (4,), (), {}), compiled(), (x, scale), (out,))
-    assert again(call, (x, scale)) is not None
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
-    assert again(call, (x, scale)) is None, "another device"
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1)
-    driver = launches.driver()
-    driver.parts = (lambda *args: 201, *driver.parts[1:])  # CUDA_ERROR_INVALID_CONTEXT
-    assert again(call, (x, scale)) is None
+def counts(*tensors):
+    return [tensor._use_count() for tensor in tensors]
 
 
-def test_keys():
-    x, seed = torch.randn(8, 8), torch.tensor(1)
-    others = x.t()[:4], x.double(), x[1:], x.flatten()[1:65].view(1, -1), x.flatten()[:63], x[:, None]
-    calls = [("E4M3",), (x,)], [("E5M2",), (x,)], [("E4M3", None), (x,)], [("E4M3",), (x, None)], [("E4M3",), (x, seed)]
-    keys = [key_of(*call)[0] for call in (*calls, *[(("E4M3",), (other,)) for other in others])]
-    assert len(set(keys)) == len(keys)
-    assert keys[0] == key_of(["E4M3"], (torch.randn(8, 8),))[0]
-    assert key_of((), (x, None, seed))[1] == [x.data_ptr(), 0, seed.data_ptr()]
+def test_no_launch(driven):
+    """Where something fails, nothing is given and nothing kept: another device, no memory, a boundary, the driver."""
+    x, scale = torch.randn(8, 4), torch.ones(())
+    out = torch.empty_like(x)
+    before = counts(x, scale, out)
+    kind = remember(Launch(None, 5, [scale, x, out], (32,), (), {}), (x, scale), (out,))
+    assert counts(x, scale, out) == before
+    driven.arguments = 6
+    for trouble in ({"device": 0}, {"errors": {"empty_strided": 1}}, {"offset": 8}, {"errors": {"launch": 201}}):
+        driven.start_anew()
+        driven.arguments = 6
+        vars(driven).update(trouble)
+        assert again(kind, x, scale) == (None, None), trouble
+        assert len(driven.launched) == ("launch" in driven.errors)
+        assert counts(x, scale, out) == before
+        assert not driven.made
+    driven.start_anew()
+    driven.arguments = 6
+    result, _ = again(kind, x, scale)
+    assert counts(result) == counts(torch.empty(1))
+    assert counts(x, scale, out) == before
+
+
+def test_keys(driven):
+    """What differs in anything but addresses is another call."""
+    x, scale, seed = torch.randn(8, 8), torch.ones(()), torch.tensor(1)
+    kind = simple_call(x, scale)
+    driven.arguments = 6
+    assert again(kind, torch.randn(8, 8), scale)[0] is not None
+    others = x.t()[:4], x.double(), x[1:], x.flatten()[1:].view(-1), torch.randn(9, 8), x[:, None], torch.randn([1] * 9)
+    aligned = torch.randn(66).flatten()
+    moved = aligned[1:65].view(8, 8)  # the same traits, 4 bytes behind a boundary
+    for tensors in (*[(other, scale) for other in (*others, moved)], (x, seed), (x, scale, seed), (x, scale[None])):
+        assert again(kind, *tensors) == (None, None)
+    assert again(next(KINDS), x, scale) == (None, None)
+
+
+def test_room(driven):
+    """With too many calls, all are forgotten but the last; the same one twice is kept once."""
+    x, scale = torch.randn(8, 4), torch.ones(())
+    driven.arguments = 6
+    first = simple_call(x, scale)
+    room = 4096
+    for _ in range(room // 2):
+        other = simple_call(x, scale)
+        simple_call(x, scale)
+        remember(Launch(None, 7, [scale, x, out := torch.empty_like(x)], (32,), (), {}), (x, scale), (out,), other)
+    assert again(first, x, scale) == (None, None)
+    assert again(other, x, scale)[0] is not None
+    assert driven.launched[-1][1][0] == 5, "the first"
 
 
 def test_an_operator_is_described_once(driven, monkeypatch):
-    """A second call with the same traits and options goes to the driver; too many kinds of calls start anew."""
+    """A second call with the same traits and options goes to the driver; too many kinds of options start anew."""
     described = []
 
     def describe(x, tensor_scale, *options):
@@ -145,21 +280,22 @@ def test_an_operator_is_described_once(driven, monkeypatch):
         return out, None if options[0] == "E5M2" else Launch(None, 1, [x, x, out, out], (x.numel(),), (), {})
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
-    monkeypatch.setattr(launches, "MAX_CALLS", 2)
+    monkeypatch.setattr(launches, "MAX_KINDS", 2)
+    driven.arguments = 7
     kernel = launches.served("quantize_operand", describe, torch.ops.altgrad.quantize_operand)
-    modes = "propagate", "nearest_ties_to_even"
-    for x, options in (
-        (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),
-        (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),  # again
-        (torch.randn(4, 8), ("E4M3", *modes, [1, 8])),
-        (torch.randn(4, 8), ("E4M3", *modes, [1, 8])),  # again
-        (torch.randn(8, 4).t(), ("E4M3", *modes, [1, 4])),  # the third kind
-        (torch.randn(4, 8), ("E4M3", *modes, [1, 4])),  # forgotten
+    for x, scale, block in (
+        (torch.randn(4, 8), None, [1, 4]),
+        (torch.randn(4, 8), None, [1, 4]),  # again
+        (torch.randn(8, 4).t(), None, [1, 4]),
+        (torch.randn(4, 8), None, [1, 8]),
+        (torch.randn(4, 8), None, [1, 8]),  # again
+        (torch.randn(4, 8), torch.ones(4, 8), [1, 8]),  # the third kind
+        (torch.randn(4, 8), None, [1, 4]),  # forgotten
     ):
-        out = kernel(x, None, *options)
+        out = kernel(x, scale, "E4M3", *MODES, block)
         assert (out.shape, out.stride()) == (x.shape, x.stride())
-    assert [options[3] for options in described] == [[1, 4], [1, 8], [1, 4], [1, 4]]
-    assert len(driven) == 2
+    assert [options[3] for options in described] == [[1, 4], [1, 4], [1, 8], [1, 8], [1, 4]]
+    assert len(driven.launched) == 2
     x = torch.randn(4, 8)
-    want = torch.ops.altgrad.quantize_operand(x, None, "E5M2", *modes, [1, 4])
-    assert torch.equal(kernel(x, None, "E5M2", *modes, [1, 4]), want), "the formula, where nothing is launched"
+    want = torch.ops.altgrad.quantize_operand(x, None, "E5M2", *MODES, [1, 4])
+    assert torch.equal(kernel(x, None, "E5M2", *MODES, [1, 4]), want), "the formula, where nothing is launched"

@@ -3,13 +3,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "export.h"
 #include "plan.h"
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
 
 /* The digest of the files that this was built from; ops_registry/cpu.py compares it with those beside it. */
 EXPORT const char altgrad_sources[] = SOURCES;
