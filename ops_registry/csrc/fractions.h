@@ -49,8 +49,27 @@ static int find_bases(const struct format32 *f, const float *restrict divisors, 
     return !is_beyond;
 }
 
+/* Fractions from which on a cell has its second result, and both results as bits above an exponent's. */
+struct cells {
+    _Alignas(64) uint16_t thresholds[CELLS], below[CELLS], from[CELLS];
+};
+
+/* Of the results of CELLS times size numbers in order, the first of which is first. */
+INLINE void find_cells(const uint16_t *results, int size, uint16_t first, struct cells *t) {
+    for (int cell = 0; cell < CELLS; cell++) {
+        const uint16_t *result = results + cell * size;
+        int step = 0;
+        while (step < size && result[step] == result[0]) {
+            step++;
+        }
+        t->thresholds[cell] = (uint16_t)(cell * size + step); /* the next cell's first: none */
+        t->below[cell] = result[0] - first;
+        t->from[cell] = result[size - 1] - first;
+    }
+}
+
 struct fractions {
-    _Alignas(64) uint16_t thresholds[CELLS], below[CELLS], from[CELLS]; /* fractions; bits above an exponent's */
+    struct cells cells;
     uint16_t first, most; /* the least magnitude from which on they hold, 0: none; the largest magnitude of a result */
     float divisor, reciprocal, multiplier;
 };
@@ -81,7 +100,7 @@ INLINE void quantize_exactly(const uint16_t *x, enum dtype dtype, const float *d
  * the largest. */
 INLINE void find_fractions_in(const struct format32 *f, enum dtype dtype, float divisor, float multiplier,
                               struct fractions *t) {
-    const int bits = fraction_bits_of(dtype), size = (1 << bits) / CELLS;
+    const int bits = fraction_bits_of(dtype);
     const uint32_t below = dtype == FLOAT16 ? 127 - 15 : 0, last = dtype == FLOAT16 ? 30 : 254;
     const uint32_t least = bits32(divisor * number32(f->min_power)), one = 1u << FRACTION_BITS;
     const uint32_t exponent = (least + one - 1) / one - below;
@@ -100,16 +119,7 @@ INLINE void find_fractions_in(const struct format32 *f, enum dtype dtype, float 
         x[i] = t->first + i;
     }
     quantize_exactly(x, dtype, &t->divisor, &t->reciprocal, &t->multiplier, f, results, 1 << bits);
-    for (int cell = 0; cell < CELLS; cell++) {
-        const uint16_t *result = results + cell * size;
-        int step = 0;
-        while (step < size && result[step] == result[0]) {
-            step++;
-        }
-        t->thresholds[cell] = (uint16_t)(cell * size + step); /* the next cell's first: none */
-        t->below[cell] = result[0] - t->first;
-        t->from[cell] = result[size - 1] - t->first;
-    }
+    find_cells(results, (1 << bits) / CELLS, t->first, &t->cells);
 }
 
 static void find_fractions(const struct format32 *f, enum dtype dtype, float divisor, float multiplier,
@@ -127,9 +137,9 @@ INLINE __m512i quantize_by_fractions(const struct fractions *t, const struct for
                                      const struct bases *bases, const float *divisors, const uint16_t *x, uint16_t *out,
                                      int64_t n) {
     const int bits_of_fraction = fraction_bits_of(dtype);
-    const __m512i thresholds = _mm512_load_si512(t->thresholds),
+    const __m512i thresholds = _mm512_load_si512(t->cells.thresholds),
                   of_fraction = _mm512_set1_epi16((1 << bits_of_fraction) - 1);
-    const __m512i below = _mm512_load_si512(t->below), from = _mm512_load_si512(t->from);
+    const __m512i below = _mm512_load_si512(t->cells.below), from = _mm512_load_si512(t->cells.from);
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
     const uint16_t base = bases == NULL ? 0 : base_of_one(f);
     const __m512i most_of_one = _mm512_set1_epi16((int16_t)(t->most - base));

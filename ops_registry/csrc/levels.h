@@ -7,25 +7,27 @@
 
 #ifdef __AVX512BW__
 
-/* Bits of float32. The first and the end of the magnitudes for which they hold, the end 0 where there are none. */
+/* The cells of fractions.h as bits of float32. The first and the end of the magnitudes for which they hold, the end 0
+ * where there are none. */
 struct levels {
-    _Alignas(64) uint32_t thresholds[CELLS], below[CELLS], from[CELLS]; /* fractions; bits above the magnitude's */
+    _Alignas(64) uint32_t thresholds[CELLS], below[CELLS], from[CELLS];
     uint32_t offsets[2 * CLASSES]; /* of both bases from the exponent, twice for a whole vector */
     uint32_t first, end, most;
 };
 
-/* From the levels of all magnitudes that bfloat16 has in the first binade. */
+/* From the levels of all magnitudes that bfloat16 has in the first binade, which are numbers of bfloat16. */
 static void fill_levels(const float *levels, struct levels *t) {
-    enum { SIZE = 128 / CELLS };
+    enum { BINADE = 128 };
+    uint16_t results[BINADE];
+    struct cells cells;
+    for (int i = 0; i < BINADE; i++) {
+        results[i] = to_bfloat16(levels[i]);
+    }
+    find_cells(results, BINADE / CELLS, (uint16_t)(t->first >> 16), &cells);
     for (int cell = 0; cell < CELLS; cell++) {
-        const float *level = levels + cell * SIZE;
-        uint32_t step = 0;
-        while (step < SIZE && level[step] == level[0]) {
-            step++;
-        }
-        t->thresholds[cell] = ((uint32_t)cell * SIZE + step) << 16; /* the next cell's first: none */
-        t->below[cell] = bits32(level[0]) - t->first;
-        t->from[cell] = bits32(level[SIZE - 1]) - t->first;
+        t->thresholds[cell] = (uint32_t)cells.thresholds[cell] << 16;
+        t->below[cell] = (uint32_t)cells.below[cell] << 16;
+        t->from[cell] = (uint32_t)cells.from[cell] << 16;
     }
 }
 
