@@ -6,6 +6,8 @@ makes the outputs of a later one, and has the driver run the same kernel.
 """
 
 import ctypes
+import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import count
@@ -21,7 +23,7 @@ from .operators import OPERATORS
 MAX_KINDS = 4096
 INPUTS = 3  # tensors of an operator; one that has fewer gives x for the others
 _SCRATCH = (0, 0)  # a compiled kernel ends with pointers to scratch memory, null where it asks for none
-_SLOTS, _DIMS = 24, 8  # arguments of a kernel, and dimensions, that csrc/launches.c has room for
+_SLOTS, _DIMS = 24, 8  # arguments of a kernel, and dimensions; csrc/launches.c has room for as many
 
 # What a kernel was compiled for -> the compiled kernel. Its launch skips the search in Triton's own cache.
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -37,8 +39,10 @@ _again = torch.ops.altgrad_launches.again.default._handle.redispatch_boxed
 _remember = torch.ops.altgrad_launches.remember.default._handle.redispatch_boxed
 KEYS = DispatchKeySet(DispatchKey.CUDA)
 _kinds = count()
+_lock = threading.Lock()
+_owners: dict[int, Any] = {}  # of kernels that are remembered: they would be unloaded with them
 
-# Of struct functions in csrc/launches.c, but for the driver's, which is the last.
+# Of struct functions in csrc/launches.c: torch's, and the driver's behind them.
 FUNCTIONS = (
     "aoti_torch_library_init_impl",
     "torch_library_impl",
@@ -48,15 +52,15 @@ FUNCTIONS = (
     "aoti_torch_get_dtype",
     "aoti_torch_get_device_type",
     "aoti_torch_get_device_index",
-    "aoti_torch_get_data_ptr",
+    "torch_get_const_data_ptr",
     "aoti_torch_item_float32",
     "aoti_torch_empty_strided",
     "aoti_torch_zero_",
     "aoti_torch_new_uninitialized_tensor",
     "aoti_torch_delete_tensor_object",
-    "aoti_torch_get_current_device_index",
     "aoti_torch_get_current_cuda_stream",
 )
+FUNCTIONS_OF_DRIVER = "cuCtxGetDevice", "cuLaunchKernelEx"
 
 
 class Launch(NamedTuple):
@@ -80,21 +84,33 @@ def launch_by(native: Any, functions: list[int]) -> None:
 
 
 def functions_of_cuda() -> list[int]:
-    driver = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    return [*[of_torch(name) for name in FUNCTIONS], ctypes.cast(driver, ctypes.c_void_p).value or 0]
+    driver = ctypes.CDLL("libcuda.so.1")
+    functions = [ctypes.cast(getattr(driver, name), ctypes.c_void_p).value or 0 for name in FUNCTIONS_OF_DRIVER]
+    return [*[of_torch(name) for name in FUNCTIONS], *functions]
 
 
 @cache
-def is_remembering() -> bool:
-    """Whether launches are remembered: csrc/launches.c serves its operators as soon as this is asked."""
-    native = load()
-    if native is None:
-        warn_without("launches CUDA kernels without its C library, which takes twice as long")
+def _is_serving() -> bool:
+    try:
+        native = load()
+        if native is None:
+            warn_without("CUDA")
+            return False
+        launch_by(native, functions_of_cuda())
+        if not native.altgrad_serve_launches(b"CUDA"):
+            raise RuntimeError("torch did not take the kernels of csrc/launches.c")
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        warnings.warn(f"altgrad launches CUDA kernels through Triton alone, which takes longer: {error}", stacklevel=2)
         return False
-    launch_by(native, functions_of_cuda())
-    if not native.altgrad_serve_launches(b"CUDA"):
-        raise RuntimeError("torch did not take the kernels of csrc/launches.c")
     return True
+
+
+def is_remembered(out: Tensor) -> bool:
+    """Whether a launch for this output is remembered: on the current device, where csrc/launches.c serves."""
+    if out.get_device() != torch._C._cuda_getDevice():
+        return False
+    with _lock:  # once, by one thread
+        return _is_serving()
 
 
 def start(launch: Launch) -> Any:
@@ -161,7 +177,7 @@ def served(
         x, second, third = (*args[:tensors], args[0], args[0])[:INPUTS]
         options = args[tensors:]
         if block is not None:
-            options = second is None, third is None, *args[tensors:block], *args[block], *args[block + 1 :]
+            options = second is None, third is None, *args[tensors:block], tuple(args[block]), *args[block + 1 :]
             second, third = x if second is None else second, x if third is None else third
         kind = kinds.get(options)
         if kind is not None:
@@ -172,13 +188,15 @@ def served(
         if launch is None:
             return formula(*args)
         outputs = (output,) if isinstance(output, Tensor) else output
-        numbers = numbers_of(launch, start(launch), args[:tensors], outputs)
-        if numbers is not None and is_remembering():
+        compiled = start(launch)
+        numbers = numbers_of(launch, compiled, args[:tensors], outputs)
+        if numbers is not None and is_remembered(outputs[0]):
             if kind is None:
                 if len(kinds) >= MAX_KINDS:
                     kinds.clear()
                 kind = kinds[options] = next(_kinds)
-            given = x, second, third, outputs[0], outputs[-1], torch.tensor(numbers, dtype=torch.int64)
+            _owners[compiled.function] = compiled
+            given = x, second, third, outputs[0], outputs[-1], torch.tensor(numbers, dtype=torch.int64, device="cpu")
             _remember(KEYS, kind, *given)
         return output
 

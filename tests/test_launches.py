@@ -10,7 +10,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 
 from ops_registry import launches, native
-from ops_registry.launches import FUNCTIONS, Launch, numbers_of
+from ops_registry.launches import FUNCTIONS, FUNCTIONS_OF_DRIVER, Launch, numbers_of
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="needs the C library")
 
@@ -31,64 +31,77 @@ class Recorder:
     """
 
     def __init__(self):
+        integer, int32s = ctypes.c_int64, [INT] * 3
         functions = {
-            "aoti_torch_get_data_ptr": (self.data_ptr, [POINTER] * 2),
-            "aoti_torch_empty_strided": (self.empty_strided, [ctypes.c_int64, POINTER, POINTER, *[INT] * 3, POINTER]),
+            "torch_get_const_data_ptr": (self.data_ptr, [POINTER] * 2),
+            "aoti_torch_get_device_index": (self.device_index, [POINTER] * 2),
+            "aoti_torch_item_float32": (self.item, [POINTER] * 2),
+            "aoti_torch_empty_strided": (self.empty_strided, [integer, POINTER, POINTER, *int32s, POINTER]),
             "aoti_torch_zero_": (self.zero, [POINTER]),
             "aoti_torch_delete_tensor_object": (self.delete, [POINTER]),
-            "aoti_torch_get_current_device_index": (self.current_device, [POINTER]),
             "aoti_torch_get_current_cuda_stream": (self.current_stream, [INT, POINTER]),
+            "cuCtxGetDevice": (self.current_device, [POINTER]),
             "cuLaunchKernelEx": (self.launch, [POINTER] * 4),
         }
-        self.callbacks = {name: ctypes.CFUNCTYPE(INT, *types)(f) for name, (f, types) in functions.items()}
-        mine = {name: ctypes.cast(callback, POINTER).value for name, callback in self.callbacks.items()}
-        others = {name: native.of_torch(name) for name in FUNCTIONS if name not in mine}
-        self.real = {
-            name: ctypes.CFUNCTYPE(INT, *functions[name][1])(native.of_torch(name)) for name in list(functions)[:4]
-        }
-        self.functions = [(others | mine)[name] for name in (*FUNCTIONS, "cuLaunchKernelEx")]
+        callbacks = {name: ctypes.CFUNCTYPE(INT, *types)(f) for name, (f, types) in functions.items()}
+        real = {name: native.of_torch(name) for name in FUNCTIONS if "cuda" not in name}
+        self.real = {name: type(callbacks[name])(real[name]) for name in callbacks if name in real}
+        addresses = real | {name: ctypes.cast(callback, POINTER).value for name, callback in callbacks.items()}
+        self.functions = [addresses[name] for name in (*FUNCTIONS, *FUNCTIONS_OF_DRIVER)]
+        self.callbacks = callbacks
         self.start_anew()
 
-    def start_anew(self):
+    def start_anew(self, arguments=8):
         self.launched, self.made, self.zeroed = [], [], []
-        self.arguments, self.device, self.offset, self.errors = 8, HERE, 0, {}
+        self.arguments, self.device, self.current, self.offset, self.fails = arguments, HERE, HERE, 0, None
+
+    def call(self, name, *args):
+        return 1 if name == self.fails else self.real[name](*args)
 
     def data_ptr(self, tensor, out):
-        status = self.real["aoti_torch_get_data_ptr"](tensor, out)
+        status = self.call("torch_get_const_data_ptr", tensor, out)
         if tensor in self.made:
             store(out, ctypes.c_int64, ctypes.c_int64.from_address(out).value + self.offset)
         return status
 
+    def device_index(self, tensor, out):
+        store(out, INT, self.device)
+        return 0
+
+    def item(self, tensor, out):
+        return self.call("aoti_torch_item_float32", tensor, out)
+
     def empty_strided(self, *args):
-        if "empty_strided" in self.errors:
-            return 1
-        status = self.real["aoti_torch_empty_strided"](*args)
-        self.made.append(POINTER.from_address(args[-1]).value)
+        assert args[5] == self.device
+        status = self.call("aoti_torch_empty_strided", *args)
+        if status == 0:
+            self.made.append(POINTER.from_address(args[6]).value)
         return status
 
     def zero(self, tensor):
         self.zeroed.append(tensor)
-        return self.real["aoti_torch_zero_"](tensor)
+        return self.call("aoti_torch_zero_", tensor)
 
     def delete(self, tensor):
         if tensor in self.made:
             self.made.remove(tensor)
-        return self.real["aoti_torch_delete_tensor_object"](tensor)
+        return self.call("aoti_torch_delete_tensor_object", tensor)
 
     def current_device(self, index):
-        store(index, INT, self.device)
-        return 0
+        store(index, INT, self.current)
+        return int(self.fails == "cuCtxGetDevice")
 
     def current_stream(self, device, stream):
-        store(stream, POINTER, 77 if device == HERE else None)
-        return 0
+        store(stream, POINTER, 78 + device)
+        return int(self.fails == "aoti_torch_get_current_cuda_stream")
 
     def launch(self, config, function, pointers, extra):
         *sizes, shared, stream, attributes, number = struct.unpack("7I4xqqI4x", ctypes.string_at(config, 56))
         addresses = (POINTER * self.arguments).from_address(pointers)
         slots = [ctypes.c_int64.from_address(address).value for address in addresses]
         self.launched.append((function, tuple(sizes), shared, stream, slots))
-        return self.errors.get("launch", 0) + (attributes or number or extra or 0)
+        assert attributes == number == 0 and extra is None
+        return int(self.fails == "cuLaunchKernelEx")
 
 
 @cache
@@ -105,7 +118,7 @@ def driven(monkeypatch):
     made = recorder()
     made.start_anew()
     launches.launch_by(native.load(), made.functions)
-    monkeypatch.setattr(launches, "is_remembering", lambda: True)
+    monkeypatch.setattr(launches, "is_remembered", lambda out: True)
     monkeypatch.setattr(launches, "KEYS", DispatchKeySet(DispatchKey.CPU))
     yield made
     monkeypatch.undo()
@@ -176,7 +189,7 @@ def test_two_outputs(driven, monkeypatch):
 
 def test_an_output_that_is_zero_before(driven):
     x, out = torch.randn(4), torch.zeros(1)
-    driven.arguments = 5
+    driven.start_anew(arguments=5)
     for from_zero in (True, False):
         kind = remember(Launch(None, 3, [x, out], (4,), (), {}, from_zero), (x,), (out,))
         (result, _) = again(kind, x)
@@ -189,7 +202,7 @@ def test_a_number(driven, dtype):
     x, scale, out = torch.randn(4), torch.tensor(0.37, dtype=dtype), torch.empty(4)
     launch = Launch(None, 1, [0.37, x, out, out], (4,), (), {})
     kind = remember(launch, (x, scale), (out,))
-    driven.arguments = 7
+    driven.start_anew(arguments=7)
     other = torch.tensor(0.1, dtype=dtype)
     result, _ = again(kind, x, other)
     slots = driven.launched[0][-1]
@@ -205,7 +218,10 @@ def test_what_is_not_repeated():
     assert numbers_of(launch, None, (x, scale), (out,)) is None
     assert numbers_of(launch, compiled(), (x, x), (out,)) is None, "which of two is read cannot be told"
     assert numbers_of(launch._replace(tensors=[scale, x.clone(), out, out]), compiled(), (x, scale), (out,)) is None
-    for change in ({"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}):
+    for change in (
+        *({"num_ctas": 2}, {"global_scratch_size": 8}, {"profile_scratch_size": 8}),
+        *({"launch_cooperative_grid": True}, {"launch_pdl": True}),
+    ):
         assert numbers_of(launch, compiled(**change), (x, scale), (out,)) is None
     odd = torch.empty(5)[1:]
     assert numbers_of(launch._replace(tensors=[scale, x, odd, odd]), compiled(), (x, scale), (odd,)) is None
@@ -214,28 +230,35 @@ def test_what_is_not_repeated():
     assert numbers_of(Launch(None, 1, [scale, deep, like], (), (), {}), compiled(), (deep, scale), (like,)) is None
 
 
+MAY_FAIL = (
+    "torch_get_const_data_ptr",
+    "aoti_torch_item_float32",
+    "aoti_torch_empty_strided",
+    "aoti_torch_zero_",
+    "aoti_torch_get_current_cuda_stream",
+    "cuCtxGetDevice",
+    "cuLaunchKernelEx",
+)
+
+
 def counts(*tensors):
     return [tensor._use_count() for tensor in tensors]
 
 
-def test_no_launch(driven):
+@pytest.mark.parametrize("trouble", [{"current": 0}, {"offset": 8}, *({"fails": name} for name in MAY_FAIL)], ids=str)
+def test_no_launch(trouble, driven):
     """Where something fails, nothing is given and nothing kept: another device, no memory, a boundary, the driver."""
-    x, scale = torch.randn(8, 4), torch.ones(())
-    out = torch.empty_like(x)
+    x, scale, out = torch.randn(8, 4), torch.ones(()), torch.empty(8, 4)
     before = counts(x, scale, out)
-    kind = remember(Launch(None, 5, [scale, x, out], (32,), (), {}), (x, scale), (out,))
+    kind = remember(Launch(None, 5, [0.37, x, out], (32,), (), {}, from_zero=True), (x, scale), (out,))
     assert counts(x, scale, out) == before
-    driven.arguments = 6
-    for trouble in ({"device": 0}, {"errors": {"empty_strided": 1}}, {"offset": 8}, {"errors": {"launch": 201}}):
-        driven.start_anew()
-        driven.arguments = 6
-        vars(driven).update(trouble)
-        assert again(kind, x, scale) == (None, None), trouble
-        assert len(driven.launched) == ("launch" in driven.errors)
-        assert counts(x, scale, out) == before
-        assert not driven.made
-    driven.start_anew()
-    driven.arguments = 6
+    driven.start_anew(arguments=6)
+    vars(driven).update(trouble)
+    assert again(kind, x, scale) == (None, None)
+    assert len(driven.launched) == (driven.fails == "cuLaunchKernelEx")
+    assert counts(x, scale, out) == before
+    assert not driven.made
+    driven.start_anew(arguments=6)
     result, _ = again(kind, x, scale)
     assert counts(result) == counts(torch.empty(1))
     assert counts(x, scale, out) == before
@@ -245,20 +268,23 @@ def test_keys(driven):
     """What differs in anything but addresses is another call."""
     x, scale, seed = torch.randn(8, 8), torch.ones(()), torch.tensor(1)
     kind = simple_call(x, scale)
-    driven.arguments = 6
+    driven.start_anew(arguments=6)
     assert again(kind, torch.randn(8, 8), scale)[0] is not None
-    others = x.t()[:4], x.double(), x[1:], x.flatten()[1:].view(-1), torch.randn(9, 8), x[:, None], torch.randn([1] * 9)
-    aligned = torch.randn(66).flatten()
-    moved = aligned[1:65].view(8, 8)  # the same traits, 4 bytes behind a boundary
+    others = x.t()[:4], x.double(), x[1:], x.flatten()[1:].view(-1), torch.randn(9, 8), x[:, None]
+    moved = torch.randn(66)[1:65].view(8, 8)  # the same traits, 4 bytes behind a boundary
+    deep = torch.randn([1] * 64)
     for tensors in (*[(other, scale) for other in (*others, moved)], (x, seed), (x, scale, seed), (x, scale[None])):
         assert again(kind, *tensors) == (None, None)
+    assert again(kind, deep, deep.clone(), deep.clone()) == (None, None)
     assert again(next(KINDS), x, scale) == (None, None)
+    driven.device = 0
+    assert again(kind, x, scale) == (None, None), "tensors of another device"
 
 
 def test_room(driven):
     """With too many calls, all are forgotten but the last; the same one twice is kept once."""
     x, scale = torch.randn(8, 4), torch.ones(())
-    driven.arguments = 6
+    driven.start_anew(arguments=6)
     first = simple_call(x, scale)
     room = 4096
     for _ in range(room // 2):
@@ -270,19 +296,29 @@ def test_room(driven):
     assert driven.launched[-1][1][0] == 5, "the first"
 
 
-def test_an_operator_is_described_once(driven, monkeypatch):
-    """A second call with the same traits and options goes to the driver; too many kinds of options start anew."""
-    described = []
+@pytest.fixture
+def described(monkeypatch):
+    """How often an operator that is made of the name was described, and the operator's kernel."""
 
-    def describe(x, tensor_scale, *options):
-        described.append(options)
-        out = torch.empty_like(x)
-        return out, None if options[0] == "E5M2" else Launch(None, 1, [x, x, out, out], (x.numel(),), (), {})
+    def make(name):
+        calls = []
+
+        def describe(x, *others):
+            calls.append(others)
+            out = torch.empty_like(x)
+            return out, None if "E5M2" in others else Launch(None, 1, [x, x, out, out], (x.numel(),), (), {})
+
+        return calls, launches.served(name, describe, getattr(torch.ops.altgrad, name))
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
+    return make
+
+
+def test_an_operator_is_described_once(driven, described, monkeypatch):
+    """A second call with the same traits and options goes to the driver; too many kinds of options start anew."""
     monkeypatch.setattr(launches, "MAX_KINDS", 2)
-    driven.arguments = 7
-    kernel = launches.served("quantize_operand", describe, torch.ops.altgrad.quantize_operand)
+    driven.start_anew(arguments=7)
+    calls, kernel = described("quantize_operand")
     for x, scale, block in (
         (torch.randn(4, 8), None, [1, 4]),
         (torch.randn(4, 8), None, [1, 4]),  # again
@@ -294,8 +330,24 @@ def test_an_operator_is_described_once(driven, monkeypatch):
     ):
         out = kernel(x, scale, "E4M3", *MODES, block)
         assert (out.shape, out.stride()) == (x.shape, x.stride())
-    assert [options[3] for options in described] == [[1, 4], [1, 4], [1, 8], [1, 8], [1, 4]]
+    assert [others[4] for others in calls] == [[1, 4], [1, 4], [1, 8], [1, 8], [1, 4]]
     assert len(driven.launched) == 2
     x = torch.randn(4, 8)
     want = torch.ops.altgrad.quantize_operand(x, None, "E5M2", *MODES, [1, 4])
     assert torch.equal(kernel(x, None, "E5M2", *MODES, [1, 4]), want), "the formula, where nothing is launched"
+
+
+def test_each_option_counts(driven, described):
+    """Numbers of a list are not taken for options behind it: True is 1."""
+    driven.start_anew(arguments=7)
+    x, others = torch.randn(4, 32), ("E4M3", *MODES, [1, 32])
+    usual = {"power_of_two": None, "scale_format": None, "headroom": 1.0, "dtype": None, "hadamard": False}
+    changes = {"power_of_two": "floor", "scale_format": "E4M3", "headroom": 1.5, "dtype": x.dtype, "hadamard": True}
+    calls, kernel = described("quantize_operand")
+    for change in ({}, *({name: value} for name, value in changes.items())):
+        kernel(x, None, *others, *(usual | change).values())
+    assert len(calls) == 6 and not driven.launched
+    calls, kernel = described("amax")
+    for options in (([0, 1],), ([0], True), ([0],), ([0, 1], True), ([1],)):
+        kernel(x, *options)
+    assert len(calls) == 5 and not driven.launched

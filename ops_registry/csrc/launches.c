@@ -16,14 +16,16 @@ typedef void *tensor;
 typedef int32_t error; /* 0 where there was none */
 typedef void (*kernel)(uint64_t *stack, uint64_t arguments, uint64_t outputs);
 
-/* A CUlaunchConfig: grid, threads and bytes of shared memory; no attributes. */
+enum { SIZES = 7 }; /* grid and threads, three each, and bytes of shared memory */
+
+/* A CUlaunchConfig, without attributes. */
 struct config {
-    uint32_t sizes[7];
+    uint32_t sizes[SIZES];
     void *stream, *attributes;
     uint32_t number_of_attributes;
 };
 
-/* ops_registry/launches.py fills this in by these names. */
+/* In the order of FUNCTIONS in ops_registry/launches.py. */
 static struct functions {
     error (*init_impl)(const char *name, const char *key, const char *file, uint32_t line, void **library);
     error (*library_impl)(void *library, const char *name, kernel function, uint64_t version);
@@ -33,19 +35,20 @@ static struct functions {
     error (*get_dtype)(tensor t, int32_t *dtype);
     error (*get_device_type)(tensor t, int32_t *type);
     error (*get_device_index)(tensor t, int32_t *index);
-    error (*get_data_ptr)(tensor t, void **data);
+    error (*get_const_data_ptr)(tensor t, const void **data);
     error (*item_float32)(tensor t, float *value);
     error (*empty_strided)(int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t dtype,
                            int32_t device_type, int32_t device_index, tensor *out);
     error (*zero)(tensor t);
     error (*new_undefined)(tensor *out);
     error (*delete_tensor)(tensor t);
-    error (*current_device)(int32_t *index);
     error (*current_stream)(int32_t device, void **stream);
+    int (*current_device)(int *device); /* of the thread's context, and an error where it has none */
     int (*launch)(const struct config *config, void *function, void **arguments, void **extra);
 } torch;
 
-enum { INPUTS = 3, OUTPUTS = 2, DIMS = 8, SLOTS = 24, ALIGNMENT = 16 };
+enum { INPUTS = 3, DIMS = 8, SLOTS = 24 }; /* those of ops_registry/launches.py */
+enum { OUTPUTS = 2, ALIGNMENT = 16, TURNS = 1 << 12 };
 enum { TRAITS = 4, WORDS = 1 + INPUTS * (TRAITS + 2 * DIMS), CALLS = 4096 };
 static const uint64_t VERSION = (uint64_t)2 << 56 | (uint64_t)11 << 48; /* of torch, whose interface this is */
 
@@ -62,7 +65,7 @@ struct output {
 /* A launch without addresses. What sources count are the inputs, then the outputs. */
 struct launch {
     void *function;
-    int32_t sizes[7], device;
+    int32_t sizes[SIZES], device;
     int32_t from_zero;   /* the outputs are 0 before it */
     int32_t with_number; /* the value of the second input goes before the pointers */
     int32_t sources_count, integers_count, outputs_count, sources[SLOTS];
@@ -80,12 +83,18 @@ static struct call *calls[CALLS];
 static int calls_count;
 static atomic_flag is_busy = ATOMIC_FLAG_INIT; /* while calls are read or changed: never while torch is called */
 
-static void begin(void) {
+/* Whether the calls could be had. In a process that was forked while another thread had them they never can. */
+static int lock(void) {
+    int turns = 0;
     while (atomic_flag_test_and_set_explicit(&is_busy, memory_order_acquire)) {
+        if (++turns == TURNS) {
+            return 0;
+        }
     }
+    return 1;
 }
 
-static void end(void) { atomic_flag_clear_explicit(&is_busy, memory_order_release); }
+static void unlock(void) { atomic_flag_clear_explicit(&is_busy, memory_order_release); }
 
 static struct call **place_of(const struct key *key) {
     uint64_t hash = 0;
@@ -106,21 +115,19 @@ static struct call *find(const struct key *key) {
 }
 
 /* The key of an operator with its options on the inputs, and their addresses; whether it could be made. */
-static int describe(int64_t kind, const tensor *inputs, struct key *key, char **addresses) {
+static int make_key(int64_t kind, const tensor *inputs, struct key *key, const void **addresses) {
     int64_t *word = key->words;
     *word++ = kind;
     for (int i = 0; i < INPUTS; i++) {
         const int64_t *sizes, *strides;
         int64_t dim;
         int32_t dtype, device;
-        void *data;
         if (torch.get_dim(inputs[i], &dim) || dim > DIMS || torch.get_sizes(inputs[i], &sizes) ||
             torch.get_strides(inputs[i], &strides) || torch.get_dtype(inputs[i], &dtype) ||
-            torch.get_device_index(inputs[i], &device) || torch.get_data_ptr(inputs[i], &data)) {
+            torch.get_device_index(inputs[i], &device) || torch.get_const_data_ptr(inputs[i], &addresses[i])) {
             return 0;
         }
-        addresses[i] = data;
-        const int64_t traits[TRAITS] = {dim, dtype, device, (int64_t)((uintptr_t)data % ALIGNMENT)};
+        const int64_t traits[TRAITS] = {dim, dtype, device, (int64_t)((uintptr_t)addresses[i] % ALIGNMENT)};
         memcpy(word, traits, sizeof traits);
         memcpy(word + TRAITS, sizes, sizeof *sizes * (size_t)dim);
         memcpy(word + TRAITS + dim, strides, sizeof *strides * (size_t)dim);
@@ -131,27 +138,25 @@ static int describe(int64_t kind, const tensor *inputs, struct key *key, char **
 }
 
 /* Makes the outputs of a launch, and 0 where they have to be; whether all lie on the boundaries that it asks for. */
-static int make(const struct launch *launch, tensor *outputs, char **addresses) {
+static int make_outputs(const struct launch *launch, tensor *outputs, const void **addresses) {
     for (int i = 0; i < launch->outputs_count; i++) {
         const struct output *o = &launch->outputs[i];
-        void *data;
         if (torch.empty_strided(o->dim, o->sizes, o->strides, o->dtype, o->device_type, launch->device, &outputs[i])) {
             return 0;
         }
-        if ((launch->from_zero && torch.zero(outputs[i])) || torch.get_data_ptr(outputs[i], &data) ||
-            (uintptr_t)data % ALIGNMENT != 0) {
+        if ((launch->from_zero && torch.zero(outputs[i])) || torch.get_const_data_ptr(outputs[i], &addresses[i]) ||
+            (uintptr_t)addresses[i] % ALIGNMENT != 0) {
             return 0;
         }
-        addresses[i] = data;
     }
     return 1;
 }
 
 /* Whether the driver launched it. */
-static int start(const struct launch *launch, char *const *addresses, tensor number) {
+static int run(const struct launch *launch, const void *const *addresses, tensor number) {
     union {
         float number;
-        char *address;
+        const void *address;
         int64_t integer;
     } slots[SLOTS] = {{0}};
     struct config config = {.attributes = NULL};
@@ -184,28 +189,30 @@ static void delete_all(tensor *tensors, int count) {
 }
 
 static int recall(const struct key *key, struct launch *launch) {
-    begin();
+    if (!lock()) {
+        return 0;
+    }
     const struct call *call = find(key);
     if (call != NULL) {
         *launch = call->launch;
     }
-    end();
+    unlock();
     return call != NULL;
 }
 
 /* (int kind, Tensor x, Tensor second, Tensor third) -> (Tensor, Tensor) */
 static void again(uint64_t *stack, uint64_t arguments, uint64_t outputs_count) {
     tensor inputs[INPUTS], outputs[OUTPUTS] = {NULL};
-    char *addresses[INPUTS + OUTPUTS];
+    const void *addresses[INPUTS + OUTPUTS];
     struct key key;
     struct launch launch;
-    int32_t device;
+    int device;
     for (int i = 0; i < INPUTS; i++) {
         inputs[i] = (tensor)(uintptr_t)stack[1 + i];
     }
-    if (describe((int64_t)stack[0], inputs, &key, addresses) && recall(&key, &launch)) {
+    if (make_key((int64_t)stack[0], inputs, &key, addresses) && recall(&key, &launch)) {
         const int is_current = torch.current_device(&device) == 0 && device == launch.device;
-        if (!is_current || !make(&launch, outputs, addresses + INPUTS) || !start(&launch, addresses, inputs[1])) {
+        if (!is_current || !make_outputs(&launch, outputs, addresses + INPUTS) || !run(&launch, addresses, inputs[1])) {
             delete_all(outputs, OUTPUTS);
         }
     }
@@ -230,10 +237,10 @@ static int describe_output(tensor t, struct output *output) {
     return 1;
 }
 
-/* Takes a launch from the numbers that ops_registry/launches.py writes, and the outputs. */
+/* Takes a launch from the numbers that ops_registry/launches.py writes, and the outputs; whether there is room. */
 static int read_launch(const int64_t *numbers, tensor *outputs, struct launch *launch) {
     launch->function = (void *)(uintptr_t)*numbers++;
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < SIZES; i++) {
         launch->sizes[i] = (int32_t)*numbers++;
     }
     launch->device = (int32_t)*numbers++;
@@ -242,6 +249,9 @@ static int read_launch(const int64_t *numbers, tensor *outputs, struct launch *l
     launch->outputs_count = (int32_t)*numbers++;
     launch->sources_count = (int32_t)*numbers++;
     launch->integers_count = (int32_t)*numbers++;
+    if (launch->with_number + launch->sources_count + launch->integers_count > SLOTS) {
+        return 0;
+    }
     for (int i = 0; i < launch->sources_count; i++) {
         launch->sources[i] = (int32_t)*numbers++;
     }
@@ -265,16 +275,14 @@ static void forget(void) {
 /* (int kind, Tensor x, Tensor second, Tensor third, Tensor out, Tensor other, Tensor numbers) -> () */
 static void remember(uint64_t *stack, uint64_t arguments, uint64_t outputs) {
     tensor tensors[INPUTS + OUTPUTS + 1];
-    char *addresses[INPUTS];
-    void *numbers;
+    const void *addresses[INPUTS], *numbers;
     struct call *call = calloc(1, sizeof *call);
     for (int i = 0; i < INPUTS + OUTPUTS + 1; i++) {
         tensors[i] = (tensor)(uintptr_t)stack[1 + i];
     }
-    if (call != NULL && describe((int64_t)stack[0], tensors, &call->key, addresses) &&
-        torch.get_data_ptr(tensors[INPUTS + OUTPUTS], &numbers) == 0 &&
-        read_launch(numbers, tensors + INPUTS, &call->launch)) {
-        begin();
+    if (call != NULL && make_key((int64_t)stack[0], tensors, &call->key, addresses) &&
+        torch.get_const_data_ptr(tensors[INPUTS + OUTPUTS], &numbers) == 0 &&
+        read_launch(numbers, tensors + INPUTS, &call->launch) && lock()) {
         if (find(&call->key) == NULL) {
             if (calls_count == CALLS) {
                 forget();
@@ -285,7 +293,7 @@ static void remember(uint64_t *stack, uint64_t arguments, uint64_t outputs) {
             calls_count++;
             call = NULL;
         }
-        end();
+        unlock();
     }
     free(call);
     delete_all(tensors, INPUTS + OUTPUTS + 1);

@@ -15,7 +15,8 @@ struct levels {
     uint32_t first, end, most;
 };
 
-/* From the levels of all magnitudes that bfloat16 has in the first binade, which are numbers of bfloat16. */
+/* From the levels of all magnitudes that bfloat16 has in the first binade. With three mantissa bits at most they are
+ * numbers of bfloat16 too. */
 static void fill_levels(const float *levels, struct levels *t) {
     enum { BINADE = 128 };
     uint16_t results[BINADE];

@@ -6,7 +6,7 @@
 #include "export.h"
 #include "plan.h"
 
-/* The digest of the files that this was built from; ops_registry/cpu.py compares it with those beside it. */
+/* The digest of the files that this was built from; ops_registry/native.py compares it with those beside it. */
 EXPORT const char altgrad_sources[] = SOURCES;
 
 typedef void (*range_function)(int64_t begin, int64_t end, void *call);

@@ -1,36 +1,5 @@
 /* The scales of blocks from their largest magnitudes: the numbers of scales.py and tiles.py. */
 
-/* What 16 bits are looked up in, instead of being divided and rounded. */
-enum lookup { NO_LOOKUP, FRACTIONS_OF_EACH, FRACTIONS_OF_ONE, THRESHOLDS };
-
-/* Of the columns of a strip: the largest magnitudes so far, scales, and random words of four rows. */
-struct columns {
-    _Alignas(64) float divisor[CHUNK], multiplier[CHUNK], divisors[CHUNK], multipliers[CHUNK];
-    uint32_t fours[4 * (CHUNK + LANES)];
-    union {
-        uint32_t words[CHUNK];
-        uint16_t halves[CHUNK];
-    } most;
-#ifdef __AVX512BW__
-    struct fractions fractions[CHUNK / LONG_RUN]; /* of each scale, where these serve many elements */
-    struct bases bases;
-#endif
-};
-
-/* What a piece needs in the first-level cache; ones are scales of 1. */
-struct room {
-    _Alignas(64) float x[CHUNK], quotients[CHUNK], ones[CHUNK], amax[CHUNK];
-    uint32_t random[PHILOX_ROOM];
-    uint8_t codes[CHUNK];
-    struct format32 level; /* of scales in a format of their own */
-#ifdef __AVX512BW__
-    enum lookup lookup; /* by narrow blocks: the thresholds of scales, or the fractions of powers of two */
-    struct thresholds classes[CLASSES];
-    struct levels levels;
-    struct fractions of_one;
-#endif
-};
-
 /* n scales from the largest magnitudes: what is divided by, and what values are multiplied by. */
 static void scales_of(const struct blocks *b, struct room *r, struct columns *c, int64_t n) {
     const float *restrict amax = r->amax;
@@ -102,4 +71,3 @@ static void spread_scales(const float *restrict scales, int64_t count, int64_t w
     EACH_WIDTH(SPREAD)
 #undef SPREAD
 }
-#undef EACH_WIDTH
