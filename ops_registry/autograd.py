@@ -198,13 +198,15 @@ def _register_kernel(name: str, rule: Rule) -> None:
 
     redispatch = op._handle.redispatch_boxed
     is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+    types = [str(argument.type) for argument in op._schema.arguments]
+    tensors = slice(1 + max(place for place, kind in enumerate(types) if "Tensor" in kind))  # none is behind them
 
     def kernel(keyset: Any, *args: Any) -> Tensor:
         if transforms_are_active():
             modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
             with enable_single_level_autograd_function():
                 return function.apply(modes, keyset, *args)
-        if is_grad_enabled() and any_requires_grad(*args):
+        if is_grad_enabled() and any_requires_grad(*args[tensors]):
             return function.apply(None, keyset, *args)
         keys = _PLAIN.get(keyset.raw_repr())
         return below_autograd(keyset, args) if keys is None else redispatch(keys, *args)

@@ -250,6 +250,9 @@ def test_gradients_with_scales_of_blocks():
     ag.matmul(a, b, "BLACKWELL_MXFP8", of_a, of_b).backward(torch.ones(3, 4))
     want = ag.matmul(torch.ones(3, 4), (b * of_b.repeat_interleave(32, 0)).T, "BLACKWELL_FP8(any,any)")
     assert_same_bits(a.grad, want * of_a.repeat_interleave(32, 1))
+    product = ag.matmul(a.detach(), b, "BLACKWELL_MXFP8", of_a, of_b.requires_grad_())
+    product.sum().backward()
+    assert product.requires_grad and of_b.grad is None, "as every scale that requires a gradient"
 
 
 def test_transforms():
