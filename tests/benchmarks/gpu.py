@@ -312,7 +312,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     print(f"\n{time.perf_counter() - start:.0f} s\n")
     driver = torch.cuda.get_device_properties(0)
-    print(f"{driver.name}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}\n")
+    print(f"{driver.name}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}")
+    print(f"the operators of {Path(aten.__file__).parent}\n")
     print("| what | measured | bound |\n|---|---|---|")
     for row in rows:
         print("| {} | {} | {} |".format(*row))
