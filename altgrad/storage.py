@@ -48,7 +48,8 @@ def save(
             decides; None, and no match: as they are.
 
     Raises:
-        TypeError: an entry that is no tensor (a module's extra state), a DTensor, or without data (meta, sparse).
+        TypeError: an entry that is no tensor (a module's extra state), a DTensor, without data (meta, sparse), or of a
+            dtype that safetensors has not.
         ValueError: a pattern that matches no weight, tied weights of different formats, names that would collide in the
             file, and what ``encode_blocks`` refuses.
         OSError: the file cannot be written.
@@ -66,6 +67,8 @@ def save(
         >>> stored["weight"].nbytes * 8 / model.weight.numel(), stored["bias"].dtype
         (4.25, torch.float32)
     """
+    if not isinstance(model, nn.Module | Mapping):
+        raise TypeError(f"model must be a module or a state dict, got {type(model).__name__}")
     state: dict[str, Any] = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     for name, value in state.items():
         _check(name, value)
@@ -118,6 +121,8 @@ def load(path: str | Path, *, decode: bool = True, device: torch.device | str = 
         True
     """
     path = Path(path)
+    if torch.device(device).type == "meta":
+        raise ValueError(f"device must be one that holds data, got {device}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -134,6 +139,10 @@ def load(path: str | Path, *, decode: bool = True, device: torch.device | str = 
 
 
 def _check(name: str, value: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"names must be strings, got {name!r}")
+    if name == "__metadata__":
+        raise ValueError("safetensors keeps the name '__metadata__' for itself: rename that tensor")
     for tensor in _parts(name, value).values():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor or Blocks, got {type(tensor).__name__} {tensor!r:.80}")
@@ -151,7 +160,12 @@ def _chosen(
     """The format of each weight."""
     if formats is None:
         return {}
+    if not isinstance(formats, Mapping):
+        raise TypeError(f"formats must be a BlockFormat or a mapping from patterns to them, got {formats!r}")
     patterns: Any = {"*": formats} if "granularity" in formats else formats
+    for pattern, block_format in patterns.items():
+        if block_format is not None and not (isinstance(block_format, Mapping) and "granularity" in block_format):
+            raise TypeError(f"the format of pattern {pattern!r} must be a BlockFormat or None, got {block_format!r}")
     weights = [n for n, t in state.items() if isinstance(t, Tensor) and t.ndim > 1 and t.dtype in FLOAT_DTYPES]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in weights):
@@ -197,6 +211,9 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
+    except KeyError as error:  # how it says so
+        names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
+        raise TypeError(f"safetensors has no {error.args[0]}, which is the dtype of {', '.join(names)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

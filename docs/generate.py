@@ -276,7 +276,7 @@ def described(docstring: str) -> str:
     for line in text.split("\n"):
         if re.fullmatch(r"(Args|Returns|Raises|Yields):", line):
             lines.append(f"**{line[:-1]}**\n")
-        elif item := re.match(r"    ([\w*, ]+): (.*)", line):
+        elif item := re.match(r"    ([\w*][\w*, ]*): (.*)", line):
             lines.append(f"- `{item[1]}`: {item[2]}")
         else:
             lines.append(re.sub(r"^    ", "  " if lines and lines[-1].startswith(("-", "  ")) else "", line))
@@ -302,6 +302,7 @@ def api() -> str:
                 signature = (
                     "" if inspect.isclass(value) else re.sub(r"\b(\w+\.)+(?=[A-Z])", "", str(inspect.signature(value)))
                 )
+                signature = re.sub(r"\*<class '(\w+)'>", r"Unpack[\1]", signature)
                 parts.append(f"### {member}\n\n`{member}{signature}`\n\n{described(value.__doc__)}")
     return re.sub(r"\n{3,}", "\n\n", "\n" + "\n\n".join(parts))
 

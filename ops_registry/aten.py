@@ -314,6 +314,8 @@ def amax(x: Tensor, dims: list[int], hadamard: bool = False) -> Tensor:
     in_memory, kept = x.permute(order), [order.index(dim) for dim in dims]
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         largest = torch.linalg.vector_norm(in_memory, math.inf, kept, keepdim=True)
+        if torch.onnx.is_in_onnx_export():  # onnxruntime's ReduceMax drops NaN
+            largest = torch.where(in_memory.isnan().any(kept, keepdim=True), math.nan, largest)
     else:  # where the norm's loop is slow, and writing |x| is too
         if len(dims) == x.ndim:
             least, most = (end.reshape([1] * x.ndim) for end in torch.aminmax(in_memory))

@@ -10,12 +10,15 @@ from altgrad.quantization import (
     E5M2,
     MXFP4,
     AmaxHistory,
+    PerAxis,
     PerBlock,
     bit_stall,
     compute_scale,
     decode,
+    decode_blocks,
     dequantize,
     encode,
+    encode_blocks,
     quantization_stats,
     quantize,
     quantize_blocks,
@@ -257,3 +260,50 @@ def test_random_operands_need_stochastic_rounding():
         quantize(X, E5M2, random_bits=BITS)
     with pytest.raises(ValueError, match="need rounding='stochastic'"):
         encode(X, E5M2, generator=torch.Generator())
+
+
+OF_GRANULARITY = r"granularity must be a PerTensor\(\), PerAxis or PerBlock, got"
+# (call, error, message)
+FUNCTION_ERRORS = [
+    (lambda: quantize_blocks(X, **MXFP4, power_of_to="floor"), TypeError, "unexpected keyword argument 'power_of_to'"),
+    (lambda: encode_blocks(X, **MXFP4, compact=True), TypeError, "unexpected keyword argument 'compact'"),
+    *(
+        (call, TypeError, OF_GRANULARITY)
+        for call in (
+            lambda: quantize(X, E5M2, granularity=4),
+            lambda: encode(X, E5M2, granularity="rows"),
+            lambda: decode(CODES, E5M2, granularity=PerBlock),
+            lambda: quantize_blocks(X, E5M2, granularity=4),
+            lambda: encode_blocks(X, E5M2, granularity=None),
+            lambda: compute_scale(X, E5M2, granularity=0),
+        )
+    ),
+    *((lambda sizes=sizes: PerBlock(sizes), TypeError, "sizes must be an integer, a tuple") for sizes in (4.0, None)),
+    *((lambda a=a: PerAxis(a), TypeError, "axes must be an integer or a tuple") for a in ("a", 0.5, True, (0, None))),
+    (lambda: compute_scale(X, E5M2, method="percentile", fraction="a"), TypeError, "fraction must be a number"),
+    (lambda: compute_scale(X, E5M2, headroom=None), TypeError, "headroom must be a number"),
+    *((lambda n=n: AmaxHistory(E5M2, length=n), TypeError, "length must be an integer") for n in ("a", 1.5, True)),
+    (lambda: AmaxHistory(E5M2, margin="a"), TypeError, "margin must be a number"),
+    *((lambda m=m: AmaxHistory(E5M2, margin=m), ValueError, "margin must be from -126 to 127") for m in (1e4, np.nan)),
+    (lambda: decode_blocks(3), TypeError, "blocks must be what encode_blocks gives, got int 3"),
+    (lambda: encode_blocks(X, **MXFP4).to(torch.float16), TypeError, "device must be a device, got torch.float16"),
+    (lambda: quantize(X, E5M2, rounding=None), TypeError, "rounding must be a name, got None"),
+    (lambda: quantize_blocks(X, **MXFP4, saturation=None), TypeError, "saturation must be a name, got None"),
+    (lambda: encode_blocks(X, **MXFP4, rounding=3), TypeError, "rounding must be a name, got 3"),
+    (lambda: bit_stall(X, X[:, :1], 0.1, E5M2), ValueError, r"w and g must have one shape, got \(3, 4\) and \(3, 1\)"),
+    (lambda: sqnr(X.int(), X), TypeError, "x must be float16, bfloat16, float32 or float64, got torch.int32"),
+    (lambda: quantize_gradient(X.int(), E5M2, lambda g: ONE), TypeError, "x must have a dtype of"),
+    (lambda: quantize_gradient(X, E5M2, lambda g: ONE, saturation="sat"), ValueError, "saturation must be one of"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), FUNCTION_ERRORS)
+def test_function_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_default_device_is_not_that_of_numbers():
+    with torch.device("meta"):
+        assert_same_bits(quantize(X, E5M2, 0.3), quantize(X, E5M2, torch.tensor(0.3, device="cpu")))
+        assert decode_blocks(encode_blocks(X, **MXFP4)).device == X.device

@@ -287,3 +287,18 @@ class TestTranslationTable:
     def test_refuses_what_the_types_cannot_do(self, dtype, arguments):
         with pytest.raises(Exception, match="export without the translation table"):
             export(lambda x: quantize(x, **arguments), (torch.ones(2, dtype=dtype),), **WITH_TABLE)
+
+
+@pytest.mark.parametrize("method", ["amax", "percentile"])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerBlock(8)], ids=str)
+def test_nan_shows_in_a_scale(granularity, method):
+    """Wherever it is: ReduceMax of onnxruntime keeps it in the first place alone."""
+
+    def scale_of(x):
+        return compute_scale(x, "E4M3", granularity=granularity, method=method)
+
+    program = export(scale_of, (torch.randn(2, 24),))
+    for place in range(24):
+        x = torch.randn(2, 24)
+        x[place % 2, place] = torch.nan
+        assert_same_bits(run_onnx(program, (x,))[0], scale_of(x))

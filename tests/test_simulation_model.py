@@ -315,6 +315,13 @@ def test_delayed_scaling_sees_gradients():
     assert_same_bits(layer.simulation.scales[0, :3], torch.stack(want).detach())
 
 
+def test_a_pass_on_the_meta_device():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, device="meta"), nn.Linear(62, 8, device="meta"))
+    simulate(model, "mxfp8")
+    with torch.autocast("cpu"):
+        assert model(torch.ones(2, 4, 64, device="meta")).shape == (2, 8, 8)
+
+
 def test_meta_device():
     with torch.device("meta"):
         model = Net()

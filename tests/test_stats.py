@@ -9,7 +9,7 @@ import torch
 from conftest import DTYPES, NAMED, WIDE, near_ties, points_of, reference_encode, reference_quantize
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from altgrad.quantization import E3M4, E4M3, bit_stall, quantization_stats, quantize, sqnr
+from altgrad.quantization import E3M4, E4M3, bit_stall, compute_scale, quantization_stats, quantize, sqnr
 
 COUNTED = [*NAMED, *(f for f in WIDE if f.code_bytes)]
 
@@ -95,3 +95,21 @@ def test_bit_stall_counts_updates_that_vanish():
     assert bit_stall(w, g, 0.1, E3M4) == 2 / 6
     assert bit_stall(w, g, torch.tensor(0.01), E3M4) == 4 / 6
     assert bit_stall(w, g, 0.1, E3M4, torch.tensor(1 / 16)) == 2 / 6
+
+
+@pytest.mark.parametrize("power", [-900, -600, 0, 600, 900])
+def test_squares_beyond_the_range_of_float64(power):
+    x = torch.randn(100, dtype=torch.float64)
+    y = x.float().double()
+    scaled = x * 2.0**power, y * 2.0**power
+    assert abs(sqnr(*scaled) - 10 * (x.square().sum() / (x - y).square().sum()).log10()) < 1e-9
+    alone = torch.tensor([1e200, 1.0], dtype=torch.float64), torch.tensor([1e200, 1.001], dtype=torch.float64)
+    assert abs(sqnr(*alone) - 20 * 203) < 1e-9
+    wide = x**3
+    assert compute_scale(wide * 2.0**power, "E2M1", method="mse") == 2.0**power * compute_scale(
+        wide, "E2M1", method="mse"
+    )
+
+
+def test_nan_is_no_subnormal():
+    assert quantization_stats(torch.tensor([torch.nan, 0.3]), "E0M7").subnormal == 0.5

@@ -193,6 +193,15 @@ def test_what_is_not_saved(path, monkeypatch):
     refused(path, TypeError, r"w must be .* device meta", {"w": w.to("meta")})
     refused(path, TypeError, r"w must be .* layout torch.sparse_coo", {"w": w.to_sparse()})
     refused(path, ValueError, "two tensors would be called 'w.codes'", {"w": w, "w.codes": w[0]}, MXFP4)
+    refused(path, ValueError, "keeps the name '__metadata__' for itself", {"__metadata__": w})
+    refused(path, TypeError, "safetensors has no torch.complex128, .* dtype of w", {"w": w.to(torch.complex128)})
+    refused(path, TypeError, "formats must be a BlockFormat or a mapping .* got 'MXFP4'", {"w": w}, "MXFP4")
+    refused(path, TypeError, "the format of pattern 'format' must be a BlockFormat", {"w": w}, {"format": "E4M3"})
+    refused(path, TypeError, "unexpected keyword argument 'metod'", {"w": w}, {"*": MXFP4 | {"metod": "mse"}})
+    refused(path, TypeError, "model must be a module or a state dict, got int", 3)
+    refused(path, TypeError, "names must be strings, got 1", {1: w})
+    with pytest.raises(ValueError, match="device must be one that holds data, got meta"):
+        storage.load(path, device="meta")
     refused(path, ValueError, "at most 8 bits", {"w": w}, {"format": "FP16", "granularity": PerBlock(4)})
 
     def full(tensors, file, metadata):

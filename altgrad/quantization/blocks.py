@@ -8,8 +8,8 @@ from torch import Tensor
 from ops_registry.arithmetic import compute_dtype
 
 from .formats import E8M0, FP8Format, resolve
-from .granularity import PerAxis, PerBlock, PerTensor
-from .ops import decode, drawn_bits, encode, pack, unpack
+from .granularity import PerAxis, PerBlock, PerTensor, check_granularity
+from .ops import check_modes, decode, drawn_bits, encode, pack, unpack
 from .scaling import ScaleOptions, compute_scale, in_one_pass, levels_of, scaler
 from .two_levels import multiplied
 
@@ -17,7 +17,8 @@ from .two_levels import multiplied
 class Blocks(NamedTuple):
     """A tensor in a block format, as :func:`encode_blocks` makes it and :func:`decode_blocks` takes it.
 
-    A pytree, picklable, and moved by :meth:`to`. Where the bytes are those of a dtype of torch, a view is one:
+    A named tuple, so a pytree whose leaves are not all tensors; picklable (``torch.load`` takes it with
+    ``weights_only=False``), and moved by :meth:`to`. Where the bytes are those of a dtype of torch, a view is one:
     ``codes.view(torch.float8_e4m3fn)``, ``codes.view(torch.float4_e2m1fn_x2)``, ``scales.view(torch.float8_e8m0fnu)``.
 
     Args:
@@ -52,6 +53,8 @@ class Blocks(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Blocks":
         """The same on another device."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device must be a device, got {device}: decode_blocks takes a dtype")
         return Blocks(*(field.to(device) if isinstance(field, Tensor) else field for field in self))  # type: ignore[arg-type]
 
     def float_scales(self) -> Tensor:
@@ -96,6 +99,8 @@ def encode_blocks(
     if f.bits > 8:
         raise ValueError(f"format must have codes of at most 8 bits to be packed, got {f.name} of {f.bits}")
     scaler(x, f, **options)  # checks them
+    check_granularity(granularity)
+    check_modes(saturation, rounding)
     bits = drawn_bits(x, rounding, random_bits, generator)
     if (operands := in_one_pass(x, f, granularity, options)) is not None:
         tensor_scale, *others = operands
@@ -141,6 +146,8 @@ def decode_blocks(blocks: Blocks, *, dtype: torch.dtype | None = None) -> Tensor
         >>> decode_blocks(encode_blocks(x, **NVFP4)).equal(quantize_blocks(x, **NVFP4))
         True
     """
+    if not isinstance(blocks, Blocks):
+        raise TypeError(f"blocks must be what encode_blocks gives, got {type(blocks).__name__} {blocks!r:.80}")
     codes = unpack(blocks.codes, resolve(blocks.format).bits, blocks.n)
     scale, dtype = blocks.float_scales(), dtype or blocks.dtype
     return decode(codes, blocks.format, scale, granularity=blocks.granularity, dtype=dtype)

@@ -14,6 +14,15 @@ from ops_registry.sharding import with_whole_blocks
 GroupFunction = Callable[..., Tensor]
 
 
+def check_granularity(granularity: Any) -> None:
+    if not isinstance(granularity, PerTensor | PerAxis | PerBlock):
+        raise TypeError(f"granularity must be a PerTensor(), PerAxis or PerBlock, got {granularity!r}")
+
+
+def _is_integer(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 @dataclass(frozen=True)
 class PerTensor:
     """One scale for the whole tensor."""
@@ -31,6 +40,11 @@ class PerAxis:
     """
 
     axes: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        axes = self.axes if isinstance(self.axes, tuple) else (self.axes,)
+        if not all(map(_is_integer, axes)):
+            raise TypeError(f"axes must be an integer or a tuple of them, got {self.axes!r}")
 
     def block(self, x: Tensor) -> list[int]:
         """The size of a block of x in each dimension, -1 for all of it."""
@@ -65,10 +79,12 @@ class PerBlock:
 
     def __post_init__(self) -> None:
         sizes = (self.sizes,) if isinstance(self.sizes, int) else self.sizes
+        if not isinstance(sizes, Mapping | tuple | list):
+            raise TypeError(f"sizes must be an integer, a tuple of them or a mapping to them, got {self.sizes!r}")
         pairs = tuple(sizes.items()) if isinstance(sizes, Mapping) else tuple(enumerate(sizes, -len(sizes)))
         if pairs and isinstance(pairs[0][1], tuple):  # of another PerBlock
             pairs = tuple(sizes)
-        if not pairs or not all(type(dim) is int and type(size) is int and size > 0 for dim, size in pairs):
+        if not pairs or not all(_is_integer(dim) and _is_integer(size) and size > 0 for dim, size in pairs):
             raise ValueError(f"sizes must be positive integers, of dimensions that are integers, got {self.sizes}")
         object.__setattr__(self, "sizes", pairs)
 

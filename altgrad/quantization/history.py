@@ -46,7 +46,7 @@ class AmaxHistory(torch.nn.Module):
         process_group: the ranks that agree; None is the default group.
 
     Raises:
-        TypeError, ValueError: an unknown format or policy, a length below 1, a margin that is no number.
+        TypeError, ValueError: an unknown format or policy, a length below 1, a margin that is none from -126 to 127.
 
     Example:
         >>> import torch
@@ -69,8 +69,14 @@ class AmaxHistory(torch.nn.Module):
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"length must be an integer, got {length!r}")
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
+        if isinstance(margin, bool) or not isinstance(margin, int | float):
+            raise TypeError(f"margin must be a number, got {margin!r}")
+        if not -126 <= margin <= 127:
+            raise ValueError(f"margin must be from -126 to 127, for a power of two in float32, got {margin!r}")
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.format = resolve(format)

@@ -27,7 +27,9 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     lower, upper, weight, most = order_statistics(rows, fraction)
     result = torch.where(weight < 0.5, lower + (upper - lower) * weight, upper - (upper - lower) * (1 - weight))
     result = torch.where(weight == 0, lower, result)  # also where the difference is infinite
-    result = torch.where(most.isnan(), math.nan, result)
+    # onnxruntime's TopK and ReduceMax lose NaN.
+    has_nan = rows.isnan().any(-1) if torch.onnx.is_in_onnx_export() else most.isnan()
+    result = torch.where(has_nan, math.nan, result)
     return result.to(compute_dtype(x.dtype)).reshape([1 if d in dims else s for d, s in enumerate(x.shape)])
 
 
@@ -44,7 +46,10 @@ def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Ten
     count = n - math.floor(position)
     top = largest(rows, count)
     low = top.topk(min(2, count), largest=False).values.double()
-    return low[..., 0], low[..., -1], low.new_full((), position - math.floor(position)), top.amax(-1)
+    weight = position - math.floor(position)
+    # What is filled comes to ONNX by way of float32.
+    filled = torch.tensor(weight, dtype=low.dtype) if torch.onnx.is_in_onnx_export() else low.new_full((), weight)
+    return low[..., 0], low[..., -1], filled, top.amax(-1)
 
 
 def is_static(size: int) -> bool:

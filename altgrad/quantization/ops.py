@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
 from ops_registry.autograd import RULES, entry
-from ops_registry.checks import check_tensor
+from ops_registry.checks import check_quantize, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import SEED
 from ops_registry.operators import blocks_of
 from ops_registry.sharding import random_bits_like
 
 from .formats import FP8Format
-from .granularity import PerAxis, PerBlock, PerTensor
+from .granularity import PerAxis, PerBlock, PerTensor, check_granularity
 
 _SEEDS = (1 << 63) - 1
 Granularity = PerTensor | PerAxis | PerBlock
@@ -77,6 +77,8 @@ def quantize(
     """
     if isinstance(granularity, PerBlock):
         return _by_blocks(quantize, granularity, x, scale, format, saturation, rounding, random_bits, generator)
+    if granularity is not None:
+        check_granularity(granularity)
     return _project("quantize", x, format, scale, saturation, rounding, random_bits, generator)
 
 
@@ -113,8 +115,10 @@ def quantize_gradient(
         >>> y.backward(torch.tensor([1e-30]))  # at scale 1 it would be zero
     """
     if callable(scale) and not isinstance(scale, Tensor):
-        bits = drawn_bits(x, rounding, random_bits, generator)
-        name = format_name(format)
+        check_tensor("x", x)
+        check_modes(saturation, rounding)
+        bits, name = drawn_bits(x, rounding, random_bits, generator), format_name(format)
+        check_quantize(x, _as_tensor(1.0, None, x.device), name, saturation, rounding, bits)
         return _QuantizeGradient.apply(x, bits, scale, name, saturation, rounding)  # type: ignore[no-untyped-call]
     return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
 
@@ -146,6 +150,8 @@ def encode(
     """
     if isinstance(granularity, PerBlock):
         return _by_blocks(encode, granularity, x, scale, format, saturation, rounding, random_bits, generator)
+    if granularity is not None:
+        check_granularity(granularity)
     return _project("encode", x, format, scale, saturation, rounding, random_bits, generator)
 
 
@@ -188,6 +194,8 @@ def decode(
             return decode(blocks, format, scale, dtype=dtype)
 
         return granularity.apply(decoded, codes, compact)
+    if granularity is not None:
+        check_granularity(granularity)
     return _OPERATORS["decode"](codes, _as_tensor(scale, dtype, codes.device), format_name(format), dtype)
 
 
@@ -370,6 +378,7 @@ def _project(
 ) -> Tensor:
     """Calls an operator that projects x, or its stochastic twin."""
     check_tensor("x", x)
+    check_modes(saturation, rounding)
     scale = _as_tensor(scale, x.dtype, x.device)
     random_bits = drawn_bits(x, rounding, random_bits, generator)
     if random_bits is None:
@@ -407,6 +416,13 @@ def _compact(name: str, x: Tensor, scale: Tensor | float, granularity: PerBlock)
     return scale
 
 
+def check_modes(saturation: Any, rounding: Any) -> None:
+    """That they are names; the operators know which."""
+    for name, mode in (("saturation", saturation), ("rounding", rounding)):
+        if not isinstance(mode, str):
+            raise TypeError(f"{name} must be a name, got {mode!r}")
+
+
 def drawn_bits(
     x: Tensor, rounding: str, random_bits: Tensor | None, generator: torch.Generator | None
 ) -> Tensor | None:
@@ -440,7 +456,7 @@ def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.d
             f"got {scale!r}"
         )
     if not torch.compiler.is_compiling():
-        return torch.full((), scale, dtype=dtype)  # on the CPU it costs a GPU no launch
+        return torch.full((), scale, dtype=dtype, device="cpu")  # there it costs a GPU no launch
     if torch.compiler.is_exporting():
         return torch.full((), scale, dtype=dtype, device=device)
     # A constant of the kernel on x's device. torch.full would compile the function again for every number.

@@ -1,6 +1,7 @@
 """From a tensor to a scale: what statistic of a tensor, of its axes or of its blocks becomes which scale."""
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
@@ -14,9 +15,9 @@ from ops_registry.modes import POWER_OF_TWO_RULES, SEED
 from ops_registry.scales import as_power_of_two
 
 from .formats import FP8Format, resolve
-from .granularity import PerAxis, PerBlock, PerTensor, has_whole_blocks
+from .granularity import PerAxis, PerBlock, PerTensor, check_granularity, has_whole_blocks
 from .magnitudes import amax, percentile
-from .ops import drawn_bits, quantize
+from .ops import check_modes, drawn_bits, quantize
 from .two_levels import ARITHMETICS, FOUR_OVER_SIX, Levels, quantize_multiplied
 
 METHODS = ("amax", "percentile", "mse", "four_over_six")
@@ -37,6 +38,9 @@ class ScaleOptions(TypedDict, total=False):
     scale_format: FP8Format | str | None
     tensor_scale: bool
     arithmetic: str
+
+
+_OPTIONS = tuple(ScaleOptions.__annotations__)
 
 
 def compute_scale(
@@ -112,6 +116,7 @@ def compute_scale(
         x, format, method=method, fraction=fraction, headroom=headroom, power_of_two=power_of_two,
         scale_format=scale_format, tensor_scale=tensor_scale, arithmetic=arithmetic,
     )  # fmt: skip
+    check_granularity(granularity)
     scale = granularity.apply(scale_of, x.detach(), compact=compact)
     return scale.reshape(()) if isinstance(granularity, PerTensor) else scale
 
@@ -148,6 +153,8 @@ def quantize_blocks(
         tensor([[  0.,   0.,   8., -96.]])
     """
     scale_of = scaler(x, format, **options)
+    check_granularity(granularity)
+    check_modes(saturation, rounding)
     bits = drawn_bits(x, rounding, random_bits, generator)
     if (operands := in_one_pass(x, format, granularity, options)) is not None:
         tensor_scale, *others = operands
@@ -212,6 +219,9 @@ def scaler(
 
 def check_options(f: FP8Format, options: ScaleOptions) -> None:
     """Refuses what :func:`compute_scale` does not have, and what excludes each other."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"got an unexpected keyword argument {name!r}; options are {', '.join(_OPTIONS)}")
     for name, choices in (
         ("method", METHODS),
         ("power_of_two", (None, *POWER_OF_TWO_RULES)),
@@ -220,9 +230,12 @@ def check_options(f: FP8Format, options: ScaleOptions) -> None:
         if options.get(name, choices[0]) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {options.get(name)!r}")
     method, rule, fraction = options.get("method", "amax"), options.get("power_of_two"), options.get("fraction", 0.999)
+    headroom = options.get("headroom", 1.0)
+    for name, number in (("fraction", fraction), ("headroom", headroom)):
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {number!r}")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be from 0 to 1, got {fraction!r}")
-    headroom = options.get("headroom", 1.0)
     if not 0 < headroom < math.inf:
         raise ValueError(f"headroom must be positive and finite, got {headroom!r}")
     if headroom != 1 and factors_of(method, rule):
@@ -279,10 +292,13 @@ def _least_error(
 ) -> Tensor:
     """to_scale(amax), or to_scale(amax * factor) where that has a smaller squared error; the first of equals."""
 
-    def error_of(scale: Tensor) -> Tensor:
-        return (quantize(x, format, scale).double() - x.double()).square().sum(dims, keepdim=True)
-
     largest = amax(x, dims)
+    # Squares of float64 have not its range. A power of two changes no comparison.
+    unit = torch.exp2(-largest.frexp().exponent.clamp(-1000, 1000).double()) if x.dtype == torch.float64 else 1.0
+
+    def error_of(scale: Tensor) -> Tensor:
+        return ((quantize(x, format, scale).double() - x.double()) * unit).square().sum(dims, keepdim=True)
+
     best = to_scale(largest)
     least = error_of(best)
     for factor in factors:

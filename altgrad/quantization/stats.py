@@ -1,15 +1,18 @@
 """What a format does to a tensor: the signal-to-noise ratio, shares of its values, and updates that get lost."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import divide
-from ops_registry.checks import check_tensor
+from ops_registry.checks import FLOAT_DTYPES, check_tensor
 from ops_registry.sharding import largest_over_parts, whole
 
 from .formats import FP8Format, resolve
+from .granularity import PerTensor
+from .magnitudes import amax
 from .ops import encode, quantize
 
 
@@ -37,6 +40,7 @@ def sqnr(x: Tensor, y: Tensor) -> Tensor:
         A 0-d float64 tensor.
 
     Raises:
+        TypeError: x or y is not float16, bfloat16, float32 or float64.
         ValueError: shapes differ.
 
     Example:
@@ -47,10 +51,25 @@ def sqnr(x: Tensor, y: Tensor) -> Tensor:
     """
     for name, tensor in (("x", x), ("y", y)):
         check_tensor(name, tensor)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+    is_double = torch.float64 in (x.dtype, y.dtype)
     x, y = x.detach().double(), y.detach().double()
-    return 10 * (whole(x.square().sum()) / whole((x - y).square().sum())).log10()
+    noise = x - y
+    if not is_double:
+        return 10 * (whole(x.square().sum()) / whole(noise.square().sum())).log10()
+    of_x, exponent_of_x = _squares(x)
+    of_noise, exponent_of_noise = _squares(noise)
+    return 10 * ((of_x / of_noise).log10() + 2 * math.log10(2) * (exponent_of_x - exponent_of_noise))
+
+
+def _squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of x^2 as a number times 4^exponent: squares of float64 have not its range."""
+    largest = whole(PerTensor().apply(amax, x)).reshape(())
+    exponent = torch.where(largest < math.inf, largest, 1).frexp().exponent.clamp(-1000, 1000).double()
+    return whole((x * torch.exp2(-exponent)).square().sum()), exponent
 
 
 def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float = 1.0) -> QuantizationStats:
@@ -99,7 +118,7 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
     return QuantizationStats(
         clipped=share((q >= limit) if f.max_code % 2 else (q > limit)),
         flushed=share((y == 0) & (x != 0)),
-        subnormal=share((magnitude > 0) & (magnitude < 1 << f.mantissa_bits)),
+        subnormal=share((magnitude > 0) & (magnitude < 1 << f.mantissa_bits) & ~y.isnan()),
         exact=share(y == x),
         sqnr=sqnr(x, y),
         used_bits=largest_over_parts(used, codes).sum().double().log2(),
@@ -130,6 +149,8 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
     """
     for name, tensor in (("w", w), ("g", g)):
         check_tensor(name, tensor)
+    if w.shape != g.shape:
+        raise ValueError(f"w and g must have one shape, got {tuple(w.shape)} and {tuple(g.shape)}")
     w, g = w.detach(), g.detach()
     is_same = encode(w - lr * g, format, scale) == encode(w, format, scale)
     return whole((is_same & (g != 0)).sum(dtype=torch.float64)) / w.numel()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
-from .products import ProductState, product
+from .products import ProductState, is_autocast, product
 from .published import as_recipe
 from .recipes import Recipe
 
@@ -221,7 +221,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe | str, st
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors as autocast wants them; checks that they have one floating-point dtype."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if is_autocast(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not x.is_floating_point() or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):

@@ -229,6 +229,11 @@ def backward_operand(
     return quantize_operand(transposed(x), rules.right, rules.hadamard, state, dtype, is_apart)
 
 
+def is_autocast(device: str) -> bool:
+    """Whether autocast is enabled on a type of device; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def multiply(
     left: Operand,
     right: Operand,
@@ -240,7 +245,7 @@ def multiply(
     """``left right^T + bias``, accumulated in float32 (float64) or as told, scaled, rounded once to dtype."""
     announce(rules.is_simulated or accumulator is not None)
     device = left.values.device.type
-    if torch.is_autocast_enabled(device):  # it would round float32 operands
+    if is_autocast(device):  # it would round float32 operands
         with torch.autocast(device, enabled=False):
             return multiply(left, right, rules, dtype, bias, accumulator)
     if accumulator is not None:
