@@ -109,11 +109,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 @functools.cache
-def fill_inductors_table_once():
-    """Its one table of dtypes is filled again for each operation of a kernel: a sixth to a third of its Python."""
+def let_inductor_remember():
+    """Its one table of dtypes is filled again for each operation of a kernel: a sixth to a third of its Python.
+
+    And sympy intersects the same few ranges of values for each use of a constant: a tenth to a sixth of what is left.
+    """
     from torch._inductor.codegen import common
 
     common.DtypePropagationOpsHandler = functools.cache(common.DtypePropagationOpsHandler)
+    common.ValueRanges.tighten = functools.cache(common.ValueRanges.tighten)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +127,7 @@ def _compiles_only_where_marked(request, monkeypatch):
     Those of a GPU may, since Triton compiles.
     """
     if request.node.get_closest_marker("compiles") or request.node.get_closest_marker("gpu"):
-        fill_inductors_table_once()
+        let_inductor_remember()
         return
 
     def refuse(*args, **kwargs):
