@@ -1,5 +1,6 @@
 """ONNX: torch.onnx.export needs nothing from the user, and onnxruntime on the CPU gives the eager bits."""
 
+import functools
 import io
 import logging
 
@@ -36,6 +37,16 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.float64]  # onnxruntime's CPU kernels have no bfloat16
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is missing
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torchlib_is_read_once():
+    """Each export parses the source of every function that torch's operators may become, a quarter of its time."""
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 class Function(nn.Module):
