@@ -243,6 +243,14 @@ def reference_encode(f, x, scale, *args, **kwargs):
     )
 
 
+def reference_quantize_and_encode(f, x, scale, *args):
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values, codes = reference.quantize_and_encode(
+        f, x.cpu().to(compute).numpy(), scale.cpu().to(compute).numpy(), *args
+    )
+    return torch.from_numpy(np.asarray(values)).to(x.dtype), torch.from_numpy(codes)
+
+
 def reference_decode(f, codes, scale, dtype=torch.float32):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.from_numpy(np.asarray(reference.decode(f, codes.numpy(), scale.to(compute).numpy()))).to(dtype)

@@ -157,22 +157,35 @@ def _divide(x, scale):
         return (x / scale).astype(np.float64)
 
 
-def quantize(f, x, scale, saturation="propagate", rounding="nearest_ties_to_even", random=None, n=None):
-    """x and scale float32 or float64 arrays of one dtype; the result has that dtype."""
-    q = _divide(x, scale)
-    magnitude, _ = project(f, q, saturation, rounding, random, n)
+def _value(f, q, magnitude, dtype, scale):
     negative = np.signbit(q) & f.is_signed & (f.has_negative_zero | (magnitude != 0))
     with np.errstate(all="ignore"):
-        return np.where(negative, -magnitude, magnitude).astype(x.dtype) * scale
+        return np.where(negative, -magnitude, magnitude).astype(dtype) * scale
 
 
-def encode(f, x, scale, saturation="propagate", rounding="nearest_ties_to_even", random=None, n=None):
-    q = _divide(x, scale)
-    _, code = project(f, q, saturation, rounding, random, n)
+def _code(f, q, code):
     nan = nan_code(f)
     signed = np.signbit(q) & f.is_signed & (f.has_negative_zero | (code != 0))
     code = np.where(code < 0, len(finite_values(f)) - 1 if nan is None else nan, code + signed * sign_bit(f))
     return code.astype(np.uint8 if width(f) <= 8 else np.uint16)
+
+
+def quantize(f, x, scale, *modes, **named_modes):
+    """x and scale float32 or float64 arrays of one dtype; the result has that dtype. The modes are those of project."""
+    q = _divide(x, scale)
+    return _value(f, q, project(f, q, *modes, **named_modes)[0], x.dtype, scale)
+
+
+def encode(f, x, scale, *modes, **named_modes):
+    q = _divide(x, scale)
+    return _code(f, q, project(f, q, *modes, **named_modes)[1])
+
+
+def quantize_and_encode(f, x, scale, *modes):
+    """Both by one projection, most of the work of either."""
+    q = _divide(x, scale)
+    magnitude, code = project(f, q, *modes)
+    return _value(f, q, magnitude, x.dtype, scale), _code(f, q, code)
 
 
 def decode(f, codes, scale):

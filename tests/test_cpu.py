@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import functools
 import itertools
 import os
 import random
@@ -28,6 +29,7 @@ from conftest import (
     random_bit_patterns,
     reference_encode,
     reference_quantize,
+    reference_quantize_and_encode,
 )
 from samples import POINTWISE, SAMPLES
 
@@ -82,9 +84,21 @@ def random_bits_like(x, dtype, generator):
 # --- Bits -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
-def test_roundings(kernels, f):
-    generator = torch.Generator().manual_seed(f.max_code)
+# Of these tests the definition takes the most of the time: the kernels come last, and share what it gave.
+each_kernel_in_turn = pytest.mark.parametrize("kernels", ["avx512", "avx2", "baseline", "aten"], indirect=True)
+
+
+def assert_defined(kernels, cases):
+    """Cases are the name of a function, its arguments and what it must give."""
+    for function, args, want in cases:
+        if function == "project" and kernels is aten:
+            function = "project_to"
+        assert_same_bits(getattr(kernels, function)(*args), want, args[0])
+
+
+@functools.lru_cache(1)
+def cases_of_roundings(f):
+    cases, generator = [], torch.Generator().manual_seed(f.max_code)
     for dtype in DTYPES:
         x = inputs_of(f, dtype)
         # Each of the modes meets each kind of scale in some format and dtype.
@@ -92,18 +106,23 @@ def test_roundings(kernels, f):
         for i, saturation in enumerate(SATURATIONS):
             for j, rounding in enumerate(DETERMINISTIC_ROUNDINGS):
                 s = scales[(i + j + f.max_code) % 3]
-                want = reference_quantize(f, x, s, saturation, rounding)
-                assert_same_bits(kernels.quantize(x, s, f.name, saturation, rounding), want, x)
-                want = reference_encode(f, x, s, saturation, rounding)
-                assert_same_bits(kernels.encode(x, s, f.name, saturation, rounding), want, x)
+                values, codes = reference_quantize_and_encode(f, x, s, saturation, rounding)
+                args = x, s, f.name, saturation, rounding
+                cases += [("quantize", args, values), ("encode", args, codes)]
             for j, (bits_dtype, n) in enumerate(GIVEN_BITS.items()):
                 s = scales[(i + j + f.max_code) % 3]
                 bits = random_bits_like(x, bits_dtype, generator)
                 given = saturation, "stochastic", (bits & ((1 << n) - 1)).numpy(), n
-                want = reference_quantize(f, x, s, *given)
-                assert_same_bits(kernels.quantize(x, s, f.name, saturation, "stochastic", bits), want, x)
-                want = reference_encode(f, x, s, *given)
-                assert_same_bits(kernels.encode(x, s, f.name, saturation, "stochastic", bits), want, x)
+                values, codes = reference_quantize_and_encode(f, x, s, *given)
+                args = x, s, f.name, saturation, "stochastic", bits
+                cases += [("quantize", args, values), ("encode", args, codes)]
+    return cases
+
+
+@each_kernel_in_turn
+@pytest.mark.parametrize("f", FORMATS, ids=lambda f: f.name)
+def test_roundings(kernels, f):
+    assert_defined(kernels, cases_of_roundings(f))
 
 
 SIZES_OF_SCALES = [0.37, 1.0, 1 + 2.0**-23, 2 - 2.0**-23, 2.0, 6.0, 14.0, 3e37, 2.0**126, 3e38, -0.37]
@@ -111,6 +130,20 @@ SIZES_OF_SCALES += [3e-27, 3e-28, 2.6367786132938025e-36, 5.230680811854029e-36,
 SIZES_OF_SCALES += [3.4735863896200207e-37, 1.3e-38, 2.0**-126, 2.0**-149]
 
 
+@functools.lru_cache(1)
+def cases_of_one_scale(name, rounding):
+    cases, f, ties = [], resolve(name), near_ties(resolve(name))
+    tiny = torch.arange(0, 200, dtype=torch.int32).view(torch.float32)
+    for scale in map(torch.tensor, SIZES_OF_SCALES):
+        scaled = ties * scale
+        ends = [scaled.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf)]
+        for x in (ties, scaled, *ends, tiny, -tiny):  # a quotient that is infinite does not hide those beside it
+            want = reference_quantize(f, x, scale, "propagate", rounding)
+            cases.append(("quantize", (x, scale, name, "propagate", rounding), want))
+    return cases
+
+
+@each_kernel_in_turn
 @pytest.mark.parametrize("rounding", DETERMINISTIC_ROUNDINGS)
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "E7M0", "E4M3FNUZ", "e2m2b122f", "e3m2b-60f"])
 def test_one_scale_of_any_size(kernels, name, rounding):
@@ -118,16 +151,33 @@ def test_one_scale_of_any_size(kernels, name, rounding):
 
     2^-149 k / (2 k) is a tie between zero and the least number, and 2^-149 / (2 - 2^-23) is above one.
     """
-    f, ties = resolve(name), near_ties(resolve(name))
-    tiny = torch.arange(0, 200, dtype=torch.int32).view(torch.float32)
-    for scale in map(torch.tensor, SIZES_OF_SCALES):
-        scaled = ties * scale
-        ends = [scaled.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf)]
-        for x in (ties, scaled, *ends, tiny, -tiny):  # a quotient that is infinite does not hide those beside it
-            want = reference_quantize(f, x, scale, "propagate", rounding)
-            assert_same_bits(kernels.quantize(x, scale, name, "propagate", rounding), want, x)
+    assert_defined(kernels, cases_of_one_scale(name, rounding))
 
 
+@functools.lru_cache(1)
+def cases_of_16_bits(name, dtype):
+    cases, f, x, one = [], resolve(name), all_inputs(dtype), torch.tensor(1.0)
+    in_order = x[x.isfinite()]
+    finite = in_order[torch.randperm(in_order.numel(), generator=torch.Generator().manual_seed(1))]
+    random_scales = 2.0 ** (torch.rand(6, generator=torch.Generator().manual_seed(2)) * 60 - 30)
+    for i, scale in enumerate(map(torch.tensor, [*SIZES_OF_SCALES, *random_scales.tolist()])):
+        for saturation, numbers in (("propagate", x), (SATURATIONS[i % 3], finite[:-5])):
+            want = reference_quantize(f, numbers, scale, saturation)
+            cases.append(("quantize", (numbers, scale, name, saturation), want))
+        want = reference_quantize(f, finite.float() / scale, one).to(dtype)
+        cases.append(("project", (finite, scale, name), want))
+    beyond = 2.0 ** (16 if dtype == torch.float16 else 128)  # what the bits of infinity would stand for
+    large = torch.full((9000,), beyond / 64, dtype=dtype).index_fill_(0, torch.tensor([3, 5000]), -torch.inf)
+    for scale, saturation in itertools.product((torch.tensor(beyond / 328), torch.tensor(beyond / 70000)), SATURATIONS):
+        want = reference_quantize(f, large, scale, saturation)
+        cases.append(("quantize", (large, scale, name, saturation), want))
+    rows = in_order[: 6 * 10000].view(6, 10000)
+    scales = torch.tensor([0.37, 1.0, 1 + 2.0**-23, 6.0, 2.0**-9 / 3, 14.0]).view(6, 1)
+    cases.append(("quantize", (rows, scales, name), reference_quantize(f, rows, scales, "propagate")))
+    return cases
+
+
+@each_kernel_in_turn
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["E4M3", "E5M2", "e5m1b40", "E4M3FNUZ", "FP16"])
 def test_16_bits_by_one_scale(kernels, name, dtype):
@@ -135,25 +185,7 @@ def test_16_bits_by_one_scale(kernels, name, dtype):
 
     The least scales make subnormal results, the largest ones infinite ones, others infinite quotients.
     """
-    f, x, one = resolve(name), all_inputs(dtype), torch.tensor(1.0)
-    project = aten.project_to if kernels is aten else kernels.project
-    in_order = x[x.isfinite()]
-    finite = in_order[torch.randperm(in_order.numel(), generator=torch.Generator().manual_seed(1))]
-    random_scales = 2.0 ** (torch.rand(6, generator=torch.Generator().manual_seed(2)) * 60 - 30)
-    for i, scale in enumerate(map(torch.tensor, [*SIZES_OF_SCALES, *random_scales.tolist()])):
-        for saturation, numbers in (("propagate", x), (SATURATIONS[i % 3], finite[:-5])):
-            want = reference_quantize(f, numbers, scale, saturation)
-            assert_same_bits(kernels.quantize(numbers, scale, name, saturation), want, numbers)
-        want = reference_quantize(f, finite.float() / scale, one).to(dtype)
-        assert_same_bits(project(finite, scale, name), want, finite)
-    beyond = 2.0 ** (16 if dtype == torch.float16 else 128)  # what the bits of infinity would stand for
-    large = torch.full((9000,), beyond / 64, dtype=dtype).index_fill_(0, torch.tensor([3, 5000]), -torch.inf)
-    for scale, saturation in itertools.product((torch.tensor(beyond / 328), torch.tensor(beyond / 70000)), SATURATIONS):
-        want = reference_quantize(f, large, scale, saturation)
-        assert_same_bits(kernels.quantize(large, scale, name, saturation), want, large)
-    rows = in_order[: 6 * 10000].view(6, 10000)
-    scales = torch.tensor([0.37, 1.0, 1 + 2.0**-23, 6.0, 2.0**-9 / 3, 14.0]).view(6, 1)
-    assert_same_bits(kernels.quantize(rows, scales, name), reference_quantize(f, rows, scales, "propagate"), rows)
+    assert_defined(kernels, cases_of_16_bits(name, dtype))
 
 
 @pytest.mark.parametrize("name", ["E0M7", "E4M3", "E5M2", "E6M1", "E7M0", "E2M1", "E4M3FNUZ"])

@@ -13,8 +13,8 @@ from conftest import (
     assert_same_bits,
     near_ties,
     random_bit_patterns,
-    reference_encode,
     reference_quantize,
+    reference_quantize_and_encode,
 )
 from test_formats import ML_DTYPES
 
@@ -32,7 +32,7 @@ SCALES = [1.0, 0.37, 2.0**-9, 3e5]
 def assert_quantize_and_encode(f, x, scale, device, *modes):
     """By the device's own kernels, and by the aten formulation, which serves compilers and every other device."""
     on_device = x.to(device), scale.to(device)
-    want, want_codes = reference_quantize(f, x, scale, *modes), reference_encode(f, x, scale, *modes)
+    want, want_codes = reference_quantize_and_encode(f, x, scale, *modes)
     for quantize in (ag.quantize, aten.quantize):
         assert_same_bits(quantize(*on_device, f.name, *modes), want, x)
     for encode in (ag.encode, aten.encode):
@@ -75,13 +75,13 @@ def test_stochastic_with_given_bits(f, saturation, bits_dtype, device):
     random = torch.randint(low, high, x.shape, generator=torch.Generator().manual_seed(0)).to(bits_dtype)
     r = random.numpy().astype(np.int64) % (1 << n)
     args = [t.to(device) for t in (x, scale, random)]
-    modes = saturation, "stochastic", r, n
+    want, want_codes = reference_quantize_and_encode(f, x, scale, saturation, "stochastic", r, n)
     for quantize, encode in (
         (ag.quantize_stochastic, ag.encode_stochastic),
         (aten.FORMULAS["quantize_stochastic"], aten.FORMULAS["encode_stochastic"]),
     ):
-        assert_same_bits(quantize(*args, f.name, saturation), reference_quantize(f, x, scale, *modes), x)
-        assert_same_bits(encode(*args, f.name, saturation), reference_encode(f, x, scale, *modes), x)
+        assert_same_bits(quantize(*args, f.name, saturation), want, x)
+        assert_same_bits(encode(*args, f.name, saturation), want_codes, x)
 
 
 @formats
