@@ -5,11 +5,11 @@ import importlib.util
 import inspect
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -143,7 +143,7 @@ def test_the_quoted_error_is_what_a_missing_import_gives(tmp_path):
 
     torch.export.save(torch.export.export(Model(), (torch.randn(3),)), tmp_path / "model.pt2")
     load = "import torch; torch.export.load('model.pt2')"
-    result = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True)
+    result = processes.run(load, cwd=tmp_path)
     assert result.returncode == 1
     for line in quoted.strip().splitlines():
         assert line in result.stderr

@@ -1,8 +1,6 @@
 """torch.export keeps one readable node; saved programs and AOTInductor packages run in fresh processes, same bits."""
 
-import subprocess
-import sys
-
+import processes
 import pytest
 import torch
 from conftest import assert_same_bits
@@ -102,10 +100,6 @@ print("same bits")
 """
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture
 def saved(tmp_path):
     model, x = Model(), torch.randn(7, 8)
@@ -119,9 +113,9 @@ def saved(tmp_path):
 def test_saved_program_needs_only_ops_registry(saved):
     folder, _ = saved
     load = f'torch.export.load("{folder}/model.pt2").module()'
-    done = run(LOAD.format(imports="import ops_registry", folder=folder, load=load, absent=("altgrad",)))
+    done = processes.run(LOAD.format(imports="import ops_registry", folder=folder, load=load, absent=("altgrad",)))
     assert done.stdout == "same bits\n", done.stderr[-2000:]
-    without = run(LOAD.format(imports="", folder=folder, load=load, absent=()))
+    without = processes.run(LOAD.format(imports="", folder=folder, load=load, absent=()))
     assert without.returncode != 0
     # torch's own message; docs/operators.md says that `import ops_registry` is what it asks for.
     assert "failed to resolve torch.ops.altgrad.quantize.default" in without.stderr
@@ -133,5 +127,5 @@ def test_aotinductor_package_needs_nothing(saved):
     folder, program = saved
     torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/package.pt2")
     load = f'torch._inductor.aoti_load_package("{folder}/package.pt2")'
-    done = run(LOAD.format(imports="", folder=folder, load=load, absent=("altgrad", "ops_registry")))
+    done = processes.run(LOAD.format(imports="", folder=folder, load=load, absent=("altgrad", "ops_registry")))
     assert done.stdout == "same bits\n", done.stderr[-2000:]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from test_report import bad_files
@@ -191,7 +192,7 @@ def test_help(capsys):
 @pytest.mark.compiles
 def test_module_without_the_extra():
     code = "import sys, runpy; sys.modules['rich'] = None; runpy.run_module('altgrad', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = processes.run(code)
     assert done.returncode == 1
     assert done.stderr == "altgrad: rich is missing: pip install 'altgrad[report]'\n"
 
