@@ -226,7 +226,7 @@ def test_export_keeps_the_operators():
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("options", [MXFP8_E4M3, MXFP6_E3M2 | {"granularity": PerBlock(12)}], ids=["MXFP8", "of 12"])
-def test_compiled_with_a_smaller_last_block(options):
+def test_compiled_with_a_smaller_last_block(options, each_value_is_traced_once):
     torch._dynamo.reset()
     x = torch.randn(20, 40)
     encoded = torch.compile(lambda x: encode_blocks(x, **options)[:2], fullgraph=True)(x)

@@ -274,7 +274,7 @@ def test_activation_checkpointing(reentrant):
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_compiled_activation_checkpointing(scale):
+def test_compiled_activation_checkpointing(scale, each_value_is_traced_once):
     """Inductor drops a division by 1 and would have the input of the region computed again."""
     torch._dynamo.reset()
 
