@@ -293,8 +293,10 @@ def _least_error(
     """to_scale(amax), or to_scale(amax * factor) where that has a smaller squared error; the first of equals."""
 
     largest = amax(x, dims)
-    # Squares of float64 have not its range. A power of two changes no comparison.
-    unit = torch.exp2(-largest.frexp().exponent.clamp(-1000, 1000).double()) if x.dtype == torch.float64 else 1.0
+    unit: Tensor | float = 1.0
+    if x.dtype == torch.float64 and not torch.onnx.is_in_onnx_export():  # which has no frexp
+        # Squares have not the range of float64. A power of two changes no comparison.
+        unit = torch.exp2(-largest.frexp().exponent.clamp(-1000, 1000).double())
 
     def error_of(scale: Tensor) -> Tensor:
         return ((quantize(x, format, scale).double() - x.double()) * unit).square().sum(dims, keepdim=True)
