@@ -300,15 +300,6 @@ class TestTranslationTable:
             export(lambda x: quantize(x, **arguments), (torch.ones(2, dtype=dtype),), **WITH_TABLE)
 
 
-def test_least_error_in_float64():
-    x = torch.randn(64, dtype=torch.float64)
-
-    def scale_of(x):
-        return compute_scale(x, "E2M1", method="mse")
-
-    assert_same_bits(run_onnx(export(scale_of, (x,)), (x,))[0], scale_of(x))
-
-
 @pytest.mark.parametrize("method", ["amax", "percentile"])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerBlock(8)], ids=str)
 def test_nan_shows_in_a_scale(granularity, method):
