@@ -351,3 +351,24 @@ def test_each_option_counts(driven, described):
     for options in (([0, 1],), ([0], True), ([0],), ([0, 1], True), ([1],)):
         kernel(x, *options)
     assert len(calls) == 5 and not driven.launched
+
+
+def test_a_default_device_and_what_is_kept(driven, described):
+    """The numbers of a launch lie on the CPU, and its kernel stays loaded."""
+    driven.start_anew(arguments=7)
+    launches._owners.clear()
+    calls, kernel = described("quantize_operand")
+    with torch.device("meta"):
+        kernel(torch.ones(4, 8, device="cpu"), None, "E4M3", *MODES, [1, 4])
+    kernel(torch.ones(4, 8), None, "E4M3", *MODES, [1, 4])
+    assert len(calls) == len(driven.launched) == 1
+    assert [owner.function for owner in launches._owners.values()] == [1234]
+
+
+def test_triton_serves_where_c_cannot(monkeypatch):
+    def load():
+        raise ImportError("built from other sources")
+
+    monkeypatch.setattr(launches, "load", load)
+    with pytest.warns(UserWarning, match="through Triton alone, which takes longer: built from other sources"):
+        assert not launches._is_serving.__wrapped__()  # behind its cache
