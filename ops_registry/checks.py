@@ -1,6 +1,7 @@
 """What an operator accepts. Kernels and fakes call the same check, so eager, fake and compiled calls fail alike."""
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,12 @@ def check_tensor(name: str, x: Any) -> None:
     """What a function of altgrad asks of an argument before it reads a dtype or a device off it."""
     if not isinstance(x, (Tensor, torch.fx.Proxy)):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__} {x!r:.80}")
+
+
+def check_number(name: str, number: Any) -> None:
+    """Whole or not, Python's or numpy's, but no bool."""
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {number!r}")
 
 
 def check_quantize(

@@ -19,7 +19,7 @@ def check_granularity(granularity: Any) -> None:
         raise TypeError(f"granularity must be a PerTensor(), PerAxis or PerBlock, got {granularity!r}")
 
 
-def _is_integer(number: Any) -> bool:
+def is_integer(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
 
 
@@ -43,7 +43,7 @@ class PerAxis:
 
     def __post_init__(self) -> None:
         axes = self.axes if isinstance(self.axes, tuple) else (self.axes,)
-        if not all(map(_is_integer, axes)):
+        if not all(map(is_integer, axes)):
             raise TypeError(f"axes must be an integer or a tuple of them, got {self.axes!r}")
 
     def block(self, x: Tensor) -> list[int]:
@@ -84,7 +84,7 @@ class PerBlock:
         pairs = tuple(sizes.items()) if isinstance(sizes, Mapping) else tuple(enumerate(sizes, -len(sizes)))
         if pairs and isinstance(pairs[0][1], tuple):  # of another PerBlock
             pairs = tuple(sizes)
-        if not pairs or not all(_is_integer(dim) and _is_integer(size) and size > 0 for dim, size in pairs):
+        if not pairs or not all(is_integer(dim) and is_integer(size) and size > 0 for dim, size in pairs):
             raise ValueError(f"sizes must be positive integers, of dimensions that are integers, got {self.sizes}")
         object.__setattr__(self, "sizes", pairs)
 

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ops_registry.checks import check_tensor
+from ops_registry.checks import check_number, check_tensor
 from ops_registry.scales import as_scale
 from ops_registry.sharding import whole
 
 from .formats import FP8Format, resolve
-from .granularity import PerTensor
+from .granularity import PerTensor, is_integer
 from .magnitudes import amax
 
 POLICIES = ("max", "most_recent")
@@ -69,12 +69,11 @@ class AmaxHistory(torch.nn.Module):
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
-        if isinstance(length, bool) or not isinstance(length, int):
+        if not is_integer(length):
             raise TypeError(f"length must be an integer, got {length!r}")
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        if isinstance(margin, bool) or not isinstance(margin, int | float):
-            raise TypeError(f"margin must be a number, got {margin!r}")
+        check_number("margin", margin)
         if not -126 <= margin <= 127:
             raise ValueError(f"margin must be from -126 to 127, for a power of two in float32, got {margin!r}")
         if policy not in POLICIES:

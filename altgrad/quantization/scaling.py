@@ -1,7 +1,6 @@
 """From a tensor to a scale: what statistic of a tensor, of its axes or of its blocks becomes which scale."""
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.autograd import entry
-from ops_registry.checks import FLOAT_DTYPES, check_tensor
+from ops_registry.checks import FLOAT_DTYPES, check_number, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import POWER_OF_TWO_RULES, SEED
 from ops_registry.scales import as_power_of_two
@@ -232,8 +231,7 @@ def check_options(f: FP8Format, options: ScaleOptions) -> None:
     method, rule, fraction = options.get("method", "amax"), options.get("power_of_two"), options.get("fraction", 0.999)
     headroom = options.get("headroom", 1.0)
     for name, number in (("fraction", fraction), ("headroom", headroom)):
-        if isinstance(number, bool) or not isinstance(number, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {number!r}")
+        check_number(name, number)
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be from 0 to 1, got {fraction!r}")
     if not 0 < headroom < math.inf:

@@ -1,13 +1,14 @@
 """A recipe for each layer under a budget of bits: the choice with the least predicted loss, found exactly."""
 
 import json
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from ops_registry.checks import check_number
 
 from ..simulation import Product, Recipe, restore, simulate
 from ..simulation.layers import kind_of
@@ -113,8 +114,7 @@ def assign(
 def _check(report: Report, budget_bits: float, model: nn.Module | None) -> None:
     if not isinstance(report, Report):
         raise TypeError(f"report must be a Report, got {report!r}")
-    if isinstance(budget_bits, bool) or not isinstance(budget_bits, numbers.Real):
-        raise TypeError(f"budget_bits must be a number, got {budget_bits!r}")
+    check_number("budget_bits", budget_bits)
     if not budget_bits > 0:  # NaN neither
         raise ValueError(f"budget_bits must be above 0, got {budget_bits!r}")
     if not (model is None or isinstance(model, nn.Module)):
