@@ -1,5 +1,6 @@
 """What the tests share: the formats, the devices, inputs that break roundings, and the comparison of bits."""
 
+import atexit
 import functools
 import gc
 import os
@@ -69,12 +70,15 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LONG = [
     *("opcheck", "distributed", "compile", "sanitizers", "interpreter", "onnx", "rounding", "simulation_compile"),
     *("deploy", "scaling", "cpu", "wide_formats", "transforms", "cache", "export", "encode_blocks", "blocks"),
-    *("quantize_operands", "simulation_products", "quantize_blocks", "numerics"),
+    *("quantize_operands", "simulation_products", "simulation_accumulators", "simulation_architectures"),
+    *("quantize_blocks", "numerics", "layout", "docs", "report_cli", "two_levels", "random", "gradients", "imports"),
 ]
 
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist begins with the files of the most tests
+    if hasattr(config, "workerinput"):  # one of several processes, which has sent what it has to say when it exits:
+        atexit.register(os._exit, 0)  # to free all objects one by one takes seconds
 
 
 def pytest_sessionstart():
@@ -87,8 +91,9 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_sessionfinish():
-    gc.unfreeze()
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config, items):
