@@ -370,13 +370,14 @@ def cycles_table() -> list[str]:
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    fields = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    processor = {name.strip(): value.strip() for name, value in fields}
+    generation = f"family {processor.get('cpu family')}, model {processor.get('model')}"
     packages = {"torch", "torchao", "gfloat", "ml_dtypes", "qtorch", "numpy"} & {*packages_distributions()}
     versions = [f"{package} {version(package)}" for package in sorted(packages)]
     return (
-        f"{names[0]}, {torch.get_num_threads()} threads, backend {cpu.backend()}, Python "
-        f"{platform.python_version()}, {', '.join(versions)}, {time.strftime('%Y-%m-%d')}."
+        f"{processor.get('model name')} ({generation}), {torch.get_num_threads()} threads, backend {cpu.backend()}, "
+        f"Python {platform.python_version()}, {', '.join(versions)}, {time.strftime('%Y-%m-%d')}."
     )
 
 
