@@ -9,7 +9,7 @@ import torch.distributed as dist
 from conftest import assert_same_bits
 from torch.utils.checkpoint import checkpoint
 
-from altgrad.quantization import E4M3, E5M2, AmaxHistory, quantize, quantize_gradient
+from altgrad.quantization import E4M3, E5M2, AmaxHistory, compute_scale, quantize, quantize_gradient
 
 STREAM = [3.0, 448.0, 7.0, 0.0, 1e-3, 896.0, 2.0, 2.0, 2.0, 2.0]
 
@@ -22,6 +22,13 @@ def delayed_scales(stream, length, policy, margin):
         amax = max(past) if policy == "max" else past[-1]
         scales.append(1.0 if amax == 0 else float(torch.tensor(amax) * 2**margin / 448))
     return scales
+
+
+def test_a_margin_that_leaves_the_range():
+    """2^127 times an amax of 4 is no number, whose scale was NaN; now that of the largest number."""
+    history = AmaxHistory(E4M3, margin=127)
+    history(torch.full((2,), 4.0))
+    assert_same_bits(history.scale(), compute_scale(torch.tensor(torch.finfo(torch.float32).max), E4M3))
 
 
 @pytest.mark.parametrize("margin", [0, 1])

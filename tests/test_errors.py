@@ -181,10 +181,13 @@ def test_operator_errors(name):
             assert torch.equal(tensor, copy)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 def test_sparse_x():
     for call in (lambda x: ag.quantize(x, ONE, "E5M2"), lambda x: compute_scale(x, E5M2)):
         with pytest.raises(TypeError, match=r"x must be a strided tensor, got layout torch\.sparse_coo"):
             call(X.to_sparse())
+        with pytest.raises(TypeError, match=r"x must be a strided tensor, got layout torch\.sparse_csr"):
+            call(X.to_sparse_csr())
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), 1e-46, 1e-38, 1e39])

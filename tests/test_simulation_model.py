@@ -404,6 +404,24 @@ class TestMultiheadAttention:
         with pytest.raises(RuntimeError, match="is_causal"):
             layer(*[self.x] * 3, is_causal=True)
 
+    @pytest.mark.parametrize(
+        "mask, error, message",
+        [
+            ({"attn_mask": torch.zeros(2, 5, 5)}, ValueError, r"must be \(5, 5\) or \(6, 5, 5\), got \(2, 5, 5\)"),
+            ({"attn_mask": torch.zeros(1, 5)}, ValueError, r"attn_mask must be \(5, 5\) or"),
+            ({"attn_mask": torch.ones(5, 5, dtype=torch.long)}, TypeError, "must be boolean or .*, got torch.int64"),
+            ({"key_padding_mask": torch.zeros(1, 5)}, ValueError, r"key_padding_mask must be \(3, 5\), got \(1, 5\)"),
+        ],
+    )  # fmt: skip
+    def test_masks_that_torch_refuses(self, mask, error, message):
+        """Some of them broadcast; an integer one was added to the scores."""
+        layer = nn.MultiheadAttention(16, 2)
+        with pytest.raises((RuntimeError, AssertionError)):
+            layer(*[self.x] * 3, **mask)
+        simulate(layer, "mxfp8")
+        with pytest.raises(error, match=message):
+            layer(*[self.x] * 3, **mask)
+
     def test_other_keys_and_values(self):
         compare_attention(lambda: nn.MultiheadAttention(16, 2), self.x, self.y, self.y)
         compare_attention(
@@ -440,6 +458,42 @@ class TestMultiheadAttention:
                     assert torch.allclose(encoder(x, src_key_padding_mask=padding)[valid], fast[valid], atol=1e-5)
                 restore(encoder)
             assert encoder.use_nested_tensor and torch.equal(encoder(x, src_key_padding_mask=padding), fast)
+
+
+def test_the_gradient_of_a_weight_by_delayed_scales_is_the_same_for_any_x():
+    """Where x needed no gradient another history served, so that what followed had the scale 1: gradients of 0."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 4)
+    simulation = simulate(layer, "fp8_delayed")
+    x, grad = torch.randn(16, 8), torch.full((16, 4), 1e-6)
+    got = []
+    for leaf in (x, x, x, x.clone().requires_grad_()):
+        layer(leaf).backward(grad)
+        got.append(layer.weight.grad)
+        layer.zero_grad()
+        simulation.step()
+    assert got[2].count_nonzero() > 30
+    assert_same_bits(got[3], got[2])
+
+
+class WithReduce(nn.Linear):
+    """Pickled by a function and its arguments alone."""
+
+    def __reduce__(self):
+        return WithReduce.made, (self.in_features, self.out_features, self.state_dict())
+
+    @staticmethod
+    def made(n, m, state):
+        layer = WithReduce(n, m)
+        layer.load_state_dict(state)
+        return layer
+
+
+def test_copies_of_a_layer_with_a_reduce_of_its_own():
+    layer, x = WithReduce(8, 4), torch.randn(3, 8)
+    simulate(layer, "mxfp8")
+    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_same_bits(made(x), layer(x))
 
 
 def test_transformers_conv1d(monkeypatch):

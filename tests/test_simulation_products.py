@@ -347,7 +347,7 @@ def test_what_is_kept_for_the_backward_pass(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         linear(x.bfloat16(), w.bfloat16(), None, "fp8_current")
         linear(x.bfloat16(), w.bfloat16().repeat(64, 1), None, "fp8_current")
-    assert [(tuple(t.shape), t.dtype) for t in saved if t.ndim] == [
+    assert [(tuple(t.shape), t.dtype) for t in saved if t.ndim and t.numel()] == [
         ((64, 32), torch.bfloat16),
         ((16, 32), torch.float8_e4m3fn),
         ((64, 32), torch.float8_e4m3fn),
@@ -415,6 +415,19 @@ def test_a_penalty_on_a_gradient_raises(recipe):
             (value + gradient.square().sum()).backward()
 
 
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp8_current", "fp8_block", "unit_scaled_fp8"])  # the last three keep one
+def test_a_penalty_on_a_gradient_of_x_reaches_the_weight(recipe):
+    """Its gradient to the weight was that of the loss alone, and under torch.func 0, where an operand is kept."""
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    y = linear(x, w, None, recipe)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(y.sum() + gradient.square().sum(), w)
+    of_x = lambda x, w: torch.func.grad(lambda x: linear(x, w, None, recipe).sum())(x).square().sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.grad(of_x, 1)(x.detach(), w.detach())
+
+
 @pytest.mark.parametrize("recipe", ["mxfp8", "fp8_current"])
 def test_gradients_of_functions_require_none(recipe):
     x, w = torch.randn(3, 8), torch.randn(4, 8)
@@ -443,6 +456,9 @@ IMAGE = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
     [
         (lambda x, w: linear(x, w, None, "mxfp9"), ValueError, "recipe must be one of fp8_current.*'mxfp9'"),
         (lambda x, w: linear(x, w, None, 3), TypeError, "recipe must be a Recipe"),
+        (lambda x, w: linear(x, w, w[0]), ValueError, r"bias must be \[4\], as weight has features out, got \(8,\)"),
+        (lambda x, w: linear([1.0], w), TypeError, r"x must be a tensor, got list \[1.0\]"),
+        (lambda x, w: linear(x, None), TypeError, "weight must be a tensor, got NoneType None"),
         (lambda x, w: linear(x, w[:, 1:]), ValueError, "must share K"),
         (lambda x, w: linear(x, w.double()), TypeError, "one floating-point dtype.*float32, torch.float64"),
         (lambda x, w: linear(x.int(), w.int()), TypeError, "one floating-point dtype"),
@@ -462,6 +478,7 @@ IMAGE = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
         (lambda x, w: conv(*IMAGE, padding="same", stride=2), ValueError, "'same' needs a stride of 1, got 2"),
         (lambda x, w: conv(*IMAGE, stride=(1, 1, 1)), ValueError, "stride must be one or 2 integers of at least 1"),
         (lambda x, w: conv(*IMAGE, dilation=0), ValueError, "dilation must be one or 2 integers of at least 1, got 0"),
+        (lambda x, w: conv(IMAGE[0][..., :2], IMAGE[1]), ValueError, r"spans \[3, 3\], .* with its padding, \[8, 2\]"),
         (lambda x, w: conv(*IMAGE, torch.ones(1)), ValueError, r"bias must be \[4\].*got \(1,\)"),
     ],
 )

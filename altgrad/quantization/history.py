@@ -90,7 +90,8 @@ class AmaxHistory(torch.nn.Module):
     def scale(self) -> Tensor:
         """The scale of the history, a 0-d float32 tensor."""
         kept = self.history.max() if self.policy == "max" else self.history[0]
-        return as_scale(kept.float() * self.factor, self.format.max_representable_value)
+        reach = (kept.float() * self.factor).clamp(max=torch.finfo(torch.float32).max)
+        return as_scale(reach, self.format.max_representable_value)
 
     def record(self, x: Tensor) -> None:
         """Puts the amax of x first in the history and drops the oldest."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
+from ops_registry.checks import check_tensor
+
 from .products import ProductState, is_autocast, product
 from .published import as_recipe
 from .recipes import Recipe
@@ -51,6 +53,8 @@ def linear(
     x, weight, bias = _cast(x, weight, bias)
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x [..., K] and weight [N, K] must share K, got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], as weight has features out, got {tuple(bias.shape)}")
     y = _product(x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0), weight, bias, recipe, state)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -220,8 +224,10 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe | str, st
 
 def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors as autocast wants them; checks that they have one floating-point dtype."""
+    for name, tensor in (("x", x), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
+        check_tensor(name, tensor)
     device = x.device.type
-    if is_autocast(device) and x.dtype != torch.float64:
+    if is_autocast(device) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not x.is_floating_point() or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
@@ -250,6 +256,8 @@ def _patches(
         sides = [(side, side) for side in _sizes("padding", around, d, 0)]
     if any(map(any, sides)):
         x = pad(x, [side for pair in reversed(sides) for side in pair])
+    if any(span > size for span, size in zip(spans, x.shape[2:])):
+        raise ValueError(f"weight spans {spans}, more than x with its padding, {[*x.shape[2:]]}")
     for i in range(d):
         x = x.unfold(2 + i, spans[i], stride[i])[..., :: dilation[i]]
     positions = list(x.shape[2 : 2 + d])

@@ -124,7 +124,7 @@ class Simulated:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base = original_class(type(self))
-        return _empty, (base,), super().__reduce_ex__(protocol)[2]
+        return _empty, (base,), self.__getstate__()  # the base may have a __reduce__ without it
 
 
 def simulated_class(base: type) -> Any:

@@ -69,12 +69,15 @@ class _Product(torch.autograd.Function):
         if has_backward and keeps_left(recipe):
             kept.append(stored(left, rules.left) if is_worth_bytes(left.values, b) else left)
         kept += [stored(right, rules.right)] if has_backward and keeps_right(recipe) else []
-        return y, *(t for operand in kept for t in operand if t is not None)
+        # An operand that is kept does not lead to what it came from, so an output does that gradients do not reach.
+        origin = [y.new_empty(0)] if kept and not torch.compiler.is_compiling() else []
+        return y, *(t for operand in kept for t in operand if t is not None), *origin
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         a, b, bias, seeds, scales, ctx.amax, ctx.recipe, _ = inputs  # amax: written later, so it cannot be saved
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.has_origin = len(output) > 1 and not torch.compiler.is_compiling()
+        ctx.mark_non_differentiable(*output[1 : len(output) - ctx.has_origin])
         ctx.set_materialize_grads(False)
         ctx.bias_ndim = None if bias is None else bias.ndim
         a, b = (None if keeps_left(ctx.recipe) else a), (None if keeps_right(ctx.recipe) else b)
@@ -90,12 +93,8 @@ class _Product(torch.autograd.Function):
         if (
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
         ):  # compiled backward passes raise by themselves
-            origins = [t for t in (grad, *ctx.saved_tensors[:2]) if t is not None]
-            is_kept = keeps_left(ctx.recipe) or keeps_right(ctx.recipe)
-            if is_kept and isinstance(ctx, _Product._backward_cls):
-                # There is none of what the operand came from: a leaf stands for it, but not under torch.func, whose
-                # gradients always are such as could be differentiated.
-                origins.append(torch.empty(0, device=grad.device, requires_grad=True))
+            saved = ctx.saved_tensors
+            origins = [t for t in (grad, *saved[:2], *saved[len(saved) - ctx.has_origin :]) if t is not None]
             gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
         return *gradients, *(None,) * 5
 
@@ -146,7 +145,8 @@ def gradients_of(
     if ctx.needs_input_grad[1]:
         rules, is_apart = recipe.grad_weight, recipe.accumulators[2] is not None
         if second is None:
-            second = quantize_operand(transposed(grad), rules.left, rules.hadamard, state.of(4), is_apart=is_apart)
+            of_grad = state.of(2 if is_shared(recipe) else 4)
+            second = quantize_operand(transposed(grad), rules.left, rules.hadamard, of_grad, is_apart=is_apart)
         other = backward_operand(a, left, rules, state.of(5), grad.dtype, is_apart)
         of_b = multiply(second, other, rules, grad.dtype, accumulator=recipe.accumulators[2])
     return [of_a, of_b, grad.sum(-2, keepdim=ctx.bias_ndim > 1) if ctx.needs_input_grad[2] else None]
