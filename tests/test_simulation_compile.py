@@ -130,6 +130,30 @@ def test_inductor_is_eager(recipe):
 
 
 @pytest.mark.compiles
+def test_dynamic_from_the_start_needs_a_switch():
+    """As docs/simulation.md says; without it Dynamo fails on the second layer."""
+    layers = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    simulate(layers, "mxfp8")
+    x = torch.randn(6, 32)
+    with pytest.raises(AssertionError, match="root SubgraphTracer"):
+        torch.compile(layers, backend="eager", dynamic=True)(x)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_float=True):
+        assert torch.equal(torch.compile(layers, backend="eager", dynamic=True)(x), layers(x))
+
+
+@pytest.mark.compiles
+def test_strict_export_with_a_dynamic_batch_is_without_gradients():
+    layers, x = nn.Sequential(nn.Linear(32, 48)), torch.randn(20, 32)
+    simulate(layers, "mxfp8")
+    with torch.no_grad():
+        program = torch.export.export(
+            layers, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=True
+        )
+    assert torch.equal(program.module()(x[:7]), layers(x[:7]))
+
+
+@pytest.mark.compiles
 @pytest.mark.parametrize("recipe", ["mxfp8", "fp8_current"])
 def test_inductor_in_bfloat16_sees_the_operands_of_eager(recipe):
     """Inductor keeps what it fuses in float32; the operand is rounded to bfloat16 all the same, where autocast says.
