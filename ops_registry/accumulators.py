@@ -182,7 +182,7 @@ def resolve_accumulator(accumulator: str) -> Accumulator:
         int(promotion) if promotion else None,
         int(scaled) if scaled else None,
         kind == "x",
-        tuple(None if name in (None, "any") else resolve(name) for name in formats),  # type: ignore[arg-type]
+        tuple(None if name is None or name.lower() == "any" else resolve(name) for name in formats),  # type: ignore[arg-type]
     )
 
 

@@ -357,3 +357,7 @@ def test_names_and_spellings():
     rule = resolve_accumulator("hopper_fp8(e5m2,any)")
     assert (rule.promotion, rule.formats) == (128, (resolve("E5M2"), None))
     assert resolve_accumulator("HOPPER_FP8").with_formats("E5M2", None).formats == rule.formats
+
+
+def test_any_format_in_either_case_of_letters():
+    assert resolve_accumulator("hopper_fp8(ANY,Any)").formats == (None, None)

@@ -144,3 +144,12 @@ def test_a_trained_network_is_closer_to_itself_than_with_one_format(monkeypatch)
     for name in choose_formats.FIVE_BITS:
         uniform = {layer.name: candidate(name).recipe() for layer in weights}
         assert assigned < choose_formats.divergence(model, uniform, test), name
+
+
+def test_a_budget_that_is_met_exactly():
+    """A sum of rounded shares, 4.25 and a bit, was out of reach."""
+    score = {"MXFP4": Score(20.0, 0, 0, 4.0, 1.0, 4.25)}
+    counts = {"a": 3, "b": 5, "c": 5}
+    layers = [Layer(f"{n}.weight", "weight", (c, 32), "float32", c * 32, 0, 0, 0, {}, score) for n, c in counts.items()]
+    choice = assign(Report("x", ["MXFP4"], layers, []), 4.25)
+    assert {name: operands["weight"] for name, operands in choice.choices.items()} == dict.fromkeys(counts, "MXFP4")

@@ -201,3 +201,19 @@ def test_reading_json_that_is_no_report():
     for text in ("", "[]", "{}", json.dumps({"layers": [{}]})):
         with pytest.raises(ValueError, match="not a report"):
             Report.from_json(text)
+
+
+def test_names_that_look_like_markup(tmp_path, capsys):
+    path, names = tmp_path / "names.pt", ["[/].weight", "h[red].0.weight", "[bold]nan.weight"]
+    tensors = {name: torch.randn(8, 64) for name in names}
+    tensors[names[2]][0, 0] = torch.nan
+    torch.save(tensors, path)
+    assert cli.main(["report", str(path), "-o", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+
+
+def test_formats_without_a_sign_have_no_negative_zero(capsys):
+    assert cli.main(["formats", "UE4M3", "E4M3"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "E4M3" in line]
+    assert {row[0]: row[-1] for row in rows} == {"UE4M3": "no", "E4M3": "yes"}

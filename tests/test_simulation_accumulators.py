@@ -191,3 +191,11 @@ def test_the_bits_of_scaled_mm(dtype, shape):
         dw = torch._scaled_mm(dy8.t().contiguous(), column_major(x8), of_dy, of_x, out_dtype=dtype)
     for got, want in zip(run(x, w, None, dy, CURRENT), (y, dx, dw), strict=True):
         assert_same_bits(got, want)
+
+
+def test_the_format_of_scales_goes_by_any_of_its_names():
+    rules = [(Rule("E2M1", per=16, scale_format=name),) * 2 for name in ("E4M3", "e4m3b7fn", "float8_e4m3fn")]
+    recipes = [Recipe("f", forward=rule, accumulator="BLACKWELL_NVFP4") for rule in rules]
+    x, w = torch.randn(4, 64), torch.randn(8, 64)
+    for recipe in recipes[1:]:
+        assert torch.equal(linear(x, w, None, recipe), linear(x, w, None, recipes[0]))

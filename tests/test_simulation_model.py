@@ -633,3 +633,12 @@ def test_bad_input_to_the_others():
     nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
     with pytest.raises(ValueError, match="0 became a ParametrizedSimulatedLinear after simulate"):
         restore(model)
+
+
+def test_the_name_of_a_layer_is_no_pattern_for_others():
+    """b[0] is a pattern of shells for b0, which so got the recipe of the other."""
+    model = nn.ModuleDict({"b[0]": nn.Linear(8, 8), "b0": nn.Linear(8, 8)})
+    written = simulate(model, {"b0": "mxfp4", "b[0]": "mxfp8"}).to_json()
+    restore(model)
+    simulate(model, json.loads(written))
+    assert {name: layer.simulation.recipe.name for name, layer in model.items()} == {"b[0]": "mxfp8", "b0": "mxfp4"}

@@ -88,6 +88,13 @@ def test_sqnr():
         sqnr(x, x[:1])
 
 
+@pytest.mark.parametrize("lr, error", [(torch.ones(2, 3), ValueError), (torch.ones(2), ValueError), ("1", TypeError)])
+def test_a_learning_rate_that_does_not_broadcast(lr, error):
+    """One that enlarged the weights made a share of 2."""
+    with pytest.raises(error, match="lr must"):
+        bit_stall(torch.ones(3), torch.ones(3), lr, E4M3)
+
+
 def test_bit_stall_counts_updates_that_vanish():
     w = torch.ones(6)
     g = torch.tensor([0.0, 0.1, -0.1, 0.4, -0.4, 100.0])

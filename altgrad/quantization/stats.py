@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import divide
-from ops_registry.checks import FLOAT_DTYPES, check_tensor
+from ops_registry.checks import FLOAT_DTYPES, check_number, check_tensor
 from ops_registry.sharding import largest_over_parts, whole
 
 from .formats import FP8Format, resolve
@@ -131,7 +131,7 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
     Args:
         w: the weights, floating point.
         g: their gradient, w's shape.
-        lr: the learning rate.
+        lr: the learning rate, a number or a tensor that broadcasts to w.
         format, scale: as in :func:`quantize`.
 
     Returns:
@@ -151,6 +151,10 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
         check_tensor(name, tensor)
     if w.shape != g.shape:
         raise ValueError(f"w and g must have one shape, got {tuple(w.shape)} and {tuple(g.shape)}")
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr)
+    elif lr.ndim > w.ndim or any(n not in (1, m) for n, m in zip(lr.shape[::-1], w.shape[::-1])):
+        raise ValueError(f"lr must broadcast to w {tuple(w.shape)}, got {tuple(lr.shape)}")
     w, g = w.detach(), g.detach()
     is_same = encode(w - lr * g, format, scale) == encode(w, format, scale)
     return whole((is_same & (g != 0)).sum(dtype=torch.float64)) / w.numel()

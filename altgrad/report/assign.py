@@ -177,7 +177,7 @@ def _solve(layers: list[Layer], budget_bits: float, kind: str) -> tuple[list[str
     costs = np.array([[cost(layer, layer.scores[name]) for name in names] for layer in layers])
     shares = np.array([[layer.count / total * layer.scores[name].bits for name in names] for layer in layers])
     least = shares.min(1).sum()
-    if least > budget_bits:
+    if least > budget_bits * (1 + 1e-12):  # both are sums that may have been rounded
         raise ValueError(
             f"budget_bits {budget_bits} is out of reach: the smallest candidates take {least:.4g} bits for {kind}"
         )
@@ -186,7 +186,10 @@ def _solve(layers: list[Layer], budget_bits: float, kind: str) -> tuple[list[str
         (costs / (costs.max() or 1)).ravel(),
         integrality=np.ones(n * m),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_of_each, 1, 1), LinearConstraint(shares.reshape(1, -1), 0, budget_bits)],
+        constraints=[
+            LinearConstraint(one_of_each, 1, 1),
+            LinearConstraint(shares.reshape(1, -1), 0, max(least, budget_bits)),
+        ],
         options={"mip_rel_gap": 1e-6, "time_limit": 60},
     )
     if result.x is None:

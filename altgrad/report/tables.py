@@ -5,6 +5,7 @@ from collections import Counter
 from statistics import median
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..quantization.formats import FP8Format
@@ -24,7 +25,9 @@ def print_report(console: Console, report: Report, choice: Assignment | None, pr
         console.print(recommendation(choice), highlight=False)
     hurt = [layer for layer in report.layers if layer.nan or layer.infinite]
     for layer in hurt:
-        console.print(f"{layer.name}: {layer.nan} NaN, {layer.infinite} infinite", highlight=False, style="bold red")
+        console.print(
+            f"{escape(layer.name)}: {layer.nan} NaN, {layer.infinite} infinite", highlight=False, style="bold red"
+        )
     if report.left_out:
         reasons = Counter(reason for _, reason in report.left_out)
         texts = (f"{count} ({reason})" for reason, count in reasons.items())
@@ -73,7 +76,7 @@ def _of_worst(layers: list[Layer], choice: Assignment, worst: int) -> Table:
         score = layer.scores[name]
         numbers = (decibels(score.sqnr), percent(score.clipped), percent(score.flushed))
         shape = "x".join(map(str, layer.shape))
-        table.add_row(layer.name, shape, name, *numbers, f"{score.used_bits:.2f}", f"{score.scale_spread:.1f}")
+        table.add_row(escape(layer.name), shape, name, *numbers, f"{score.used_bits:.2f}", f"{score.scale_spread:.1f}")
     return table
 
 
@@ -104,7 +107,9 @@ def print_formats(console: Console, formats: list[FP8Format]) -> None:
     for f in formats:
         normal = "-" if f.smallest_normal is None else f"{f.smallest_normal:g}"
         ends = (f"{f.max_representable_value:g}", normal, f"{f.smallest_subnormal:g}")
-        table.add_row(f.name, f.spelling, str(f.bits), *ends, specials(f), "yes" if f.has_negative_zero else "no")
+        table.add_row(
+            f.name, f.spelling, str(f.bits), *ends, specials(f), "yes" if f.is_signed and f.has_negative_zero else "no"
+        )
     console.print(table)
 
 

@@ -303,15 +303,20 @@ def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: 
         if not isinstance(pattern, str):
             raise TypeError(f"patterns must be strings, got {pattern!r}")
     recipes = {pattern: None if value is None else as_recipe(value) for pattern, value in patterns.items()}
+
+    def matches(name: str, pattern: str) -> bool:
+        """The name of a layer is its own pattern, whatever characters it has, and no other's."""
+        return name == pattern or (pattern not in layers and fnmatchcase(name, pattern))
+
     for pattern in (*(recipes if is_patterns else ()), *skip):
-        if not any(_matches(name, pattern) for name in layers):
+        if not any(matches(name, pattern) for name in layers):
             raise ValueError(
                 f"pattern {pattern!r} matches no layer that can be simulated: {', '.join(layers) or 'none'}"
             )
     chosen = {}
     for name in layers:
-        if not any(_matches(name, pattern) for pattern in skip):
-            match = next((value for pattern, value in recipes.items() if _matches(name, pattern)), None)
+        if not any(matches(name, pattern) for pattern in skip):
+            match = next((value for pattern, value in recipes.items() if matches(name, pattern)), None)
             if match is not None:
                 chosen[name] = match
     for name in _unseen({name: layer for name, (layer, _) in layers.items() if name not in chosen}):
@@ -324,8 +329,3 @@ def _unseen(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     for name, module in modules.items():
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             yield f"{name}.out_proj".removeprefix(".")
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """A name is its own pattern, whatever characters it has."""
-    return name == pattern or fnmatchcase(name, pattern)

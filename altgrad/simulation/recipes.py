@@ -148,7 +148,10 @@ class Rule(_Data):
         """Whether its scales are those that the accumulator takes."""
         if accumulator.scaled is None or isinstance(self.per, str):
             return accumulator.scaled is None and isinstance(self.per, str)
-        has_scales = self.scale_format == "E4M3" if accumulator.sums_block else self.power_of_two is not None
+        if accumulator.sums_block:
+            has_scales = self.scale_format is not None and resolve(self.scale_format) == resolve("E4M3")
+        else:
+            has_scales = self.power_of_two is not None
         return has_scales and self.block[1] == accumulator.scaled
 
     @property
