@@ -296,15 +296,19 @@ def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
             f"scale must be on the device of {name}, {x.device}, or a 0-d CPU tensor; "
             f"got a {scale.ndim}-d tensor on {scale.device}"
         )
-    # Reading the sizes from the right; `is_one` first, because comparing an unbacked size with 1 is an error.
-    if scale.ndim and not (
-        scale.ndim <= x.ndim
-        and all(_is_one(ours) or ours == theirs for ours, theirs in zip(scale.shape[::-1], x.shape[::-1], strict=False))
-    ):
+    if scale.ndim and not broadcasts_to(scale, x):
         raise ValueError(
             f"scale must broadcast to {name} without enlarging it: "
             f"got scale of shape {tuple(scale.shape)} for {name} of shape {tuple(x.shape)}"
         )
+
+
+def broadcasts_to(t: Tensor, x: Tensor) -> bool:
+    """Whether t broadcasts to x without enlarging it."""
+    # Reading the sizes from the right; `is_one` first, because comparing an unbacked size with 1 is an error.
+    return t.ndim <= x.ndim and all(
+        _is_one(ours) or ours == theirs for ours, theirs in zip(t.shape[::-1], x.shape[::-1], strict=False)
+    )
 
 
 def _is_one(size: int) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import divide
-from ops_registry.checks import FLOAT_DTYPES, check_number, check_tensor
+from ops_registry.checks import FLOAT_DTYPES, broadcasts_to, check_number, check_tensor
 from ops_registry.sharding import largest_over_parts, whole
 
 from .formats import FP8Format, resolve
@@ -153,7 +153,7 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
         raise ValueError(f"w and g must have one shape, got {tuple(w.shape)} and {tuple(g.shape)}")
     if not isinstance(lr, Tensor):
         check_number("lr", lr)
-    elif lr.ndim > w.ndim or any(n not in (1, m) for n, m in zip(lr.shape[::-1], w.shape[::-1])):
+    elif not broadcasts_to(lr, w):
         raise ValueError(f"lr must broadcast to w {tuple(w.shape)}, got {tuple(lr.shape)}")
     w, g = w.detach(), g.detach()
     is_same = encode(w - lr * g, format, scale) == encode(w, format, scale)

@@ -53,8 +53,7 @@ def linear(
     x, weight, bias = _cast(x, weight, bias)
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x [..., K] and weight [N, K] must share K, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], as weight has features out, got {tuple(bias.shape)}")
+    _check_bias(bias, weight, "features out")
     y = _product(x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0), weight, bias, recipe, state)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -134,8 +133,7 @@ def conv(
     if x.ndim == d + 1:
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "state": state}
         return conv(x.unsqueeze(0), weight, bias, recipe, **options).squeeze(0)  # type: ignore[arg-type]
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], as weight has output channels, got {tuple(bias.shape)}")
+    _check_bias(bias, weight, "output channels")
     steps = _sizes("stride", stride, d, 1)
     if padding == "same" and any(step != 1 for step in steps):
         raise ValueError(f"padding='same' needs a stride of 1, got {stride!r}")
@@ -183,8 +181,8 @@ def attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("give attn_mask or is_causal, not both")
-    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask must be boolean or floating point, got {attn_mask.dtype}")
+    if attn_mask is not None:
+        check_mask("attn_mask", attn_mask)
     if enable_gqa:
         heads = [t.shape[-3] for t in (query, key, value)]
         if any(heads[0] % n for n in heads[1:]):
@@ -200,6 +198,11 @@ def attention(
         scores = scores.masked_fill(~attn_mask, float("-inf")) if is_choice else scores + attn_mask.to(scores.dtype)
     weights = dropout(scores.softmax(-1) if attn_mask is None or is_causal else softmax(scores), dropout_p)
     return matmul(weights, value, recipe, state=states[1])
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be boolean or floating point, got {mask.dtype}")
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -234,6 +237,11 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
         dtypes = ", ".join(str(t.dtype) for t in (x, weight, bias) if t is not None)
         raise TypeError(f"x, weight and bias must have one floating-point dtype, got {dtypes}")
     return x, weight, bias
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor, outputs: str) -> None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], as weight has {outputs}, got {tuple(bias.shape)}")
 
 
 def _patches(

@@ -208,10 +208,11 @@ def restore(model: nn.Module) -> None:
     if not layers:
         raise ValueError("the model has no simulated layer")
     for name, layer in layers:
+        shown = name or "the model"
         if type(layer).__bases__[0] is not Simulated:
-            raise ValueError(f"{name or 'the model'} became a {type(layer).__name__} after simulate: undo that first")
+            raise ValueError(f"{shown} became a {type(layer).__name__} after simulate: undo that first")
         if "forward" in vars(layer):
-            raise ValueError(f"{name or 'the model'} got a forward of its own after simulate: undo that first")
+            raise ValueError(f"{shown} got a forward of its own after simulate: undo that first")
     for _, layer in layers:
         switch_back(layer)
     _open_fast_paths(model)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
-from .functions import linear, matmul, softmax
+from .functions import check_mask, linear, matmul, softmax
 
 PROJECTIONS = 3
 PRODUCTS = 5  # with the two of attention
@@ -40,8 +40,8 @@ def attend(
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     elif not layer.batch_first:
         query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    _check_mask("attn_mask", attn_mask, (query.shape[1], key.shape[1]), len(query) * layer.num_heads)
-    _check_mask("key_padding_mask", key_padding_mask, (len(key), key.shape[1]))
+    _check_shape("attn_mask", attn_mask, (query.shape[1], key.shape[1]), len(query) * layer.num_heads)
+    _check_shape("key_padding_mask", key_padding_mask, (len(key), key.shape[1]))
     q, k, v = _project(layer, query, key, value)
     mask = _mask(attn_mask, key_padding_mask, q, layer.num_heads)
     if layer.bias_k is not None:
@@ -84,12 +84,11 @@ def _multiply(layer: Any, a: Tensor, b: Tensor, number: int) -> Tensor:
     return matmul(a, b, layer.simulation.recipe, state=layer.simulation.of(number, records=layer.training))
 
 
-def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], heads: int | None = None) -> None:
+def _check_shape(name: str, mask: Tensor | None, shape: tuple[int, int], heads: int | None = None) -> None:
     """Refuses what torch does; a mask for each head of each example is [heads, *shape]."""
     if mask is None:
         return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name} must be boolean or floating point, got {mask.dtype}")
+    check_mask(name, mask)
     if mask.shape not in (shape, (heads, *shape)):
         choices = f"{shape}" if heads is None else f"{shape} or {(heads, *shape)}"
         raise ValueError(f"{name} must be {choices}, got {tuple(mask.shape)}")
