@@ -10,9 +10,11 @@ its operands'. A zero, product or accumulator, does not count, and an accumulato
 least that of its smallest normal. The largest is -133 where all are below it (measured on an H100).
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 from .formats import FP8Format, resolve
 
@@ -44,6 +46,7 @@ _RULE = re.compile(
 )
 _SPELLING = re.compile(r"(\w+)(?:\(([\w-]+),([\w-]+)\))?", re.ASCII)
 _MOST_BITS = 50  # of a sum of terms, so that float64 holds it
+_BITS_OF_FLOAT64 = 53
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Accumulator:
     """How a dot product is summed: groups of exact products, aligned, truncated, added, and rounded to what is kept.
 
     Args:
-        name: the name (``"HOPPER_FP8"``) or the spelling of the fields below.
+        name: the name (``"HOPPER_FP8"``) or the spelling of the fields below; :func:`resolve_accumulator` reads them
+            from it.
         group: how many products are added at once, with the accumulator. 1 for a chain.
         fraction_bits: F, the fraction bits that a term keeps, counted from the largest exponent of the group. None for
             a chain: every product is added exactly.
@@ -67,7 +71,7 @@ class Accumulator:
         formats: of the operands, None for any float32: their values, and their exponents where they are subnormal.
 
     Raises:
-        ValueError: a field out of range.
+        ValueError: a field out of range, or another one than the name says.
     """
 
     name: str
@@ -99,6 +103,22 @@ class Accumulator:
             raise ValueError(f"accumulator {self.name!r} must have groups of whole blocks, or blocks of whole groups")
         if self.sums_block and (self.group % (self.scaled or 1) or None in self.formats):
             raise ValueError(f"accumulator {self.name!r} must have groups of whole blocks, and formats of its operands")
+        if self.sums_block and (bits := self._bits_of_block()) > _BITS_OF_FLOAT64:
+            names = " and ".join(f.name for f in self.formats if f is not None)
+            raise ValueError(
+                f"formats of accumulator {self.name!r} must be such that {self.scaled} products with one scale sum to "
+                f"{_BITS_OF_FLOAT64} bits or less, got {names}, which take {bits}"
+            )
+        if _fields_of(self.name) != tuple(getattr(self, f.name) for f in fields(self)[1:]):
+            raise ValueError(
+                f"fields of accumulator {self.name!r} must be those of its name: give other ones by a spelling"
+            )
+
+    def _bits_of_block(self) -> int:
+        """The most significant bits of a sum of products with one scale."""
+        assert self.scaled and self.scale_format is not None
+        steps = [f.max_representable_value / f.smallest_subnormal for f in self.formats if f is not None]
+        return math.ceil(math.log2(self.scaled * math.prod(steps))) + 2 * (self.scale_format.mantissa_bits + 1)
 
     @property
     def scale_format(self) -> FP8Format | None:
@@ -116,18 +136,23 @@ class Accumulator:
         return 2 - (1 << self.exponent_bits - 1)
 
     @property
+    def max_exponent(self) -> int:
+        """That of the largest number of what is kept."""
+        return 1 - self.min_exponent
+
+    @property
     def is_narrow(self) -> bool:
         """Whether float32 holds every product, term and sum exactly, as it does for operands of 8 bits."""
         if self.fraction_bits is None or self.scaled or self.exponent_bits < 8 or None in self.formats:
             return False
         formats = [f for f in self.formats if f is not None]
-        in_range = all(f.min_exponent >= -30 and f.max_representable_value <= 2.0**30 for f in formats)
+        in_range = all(f.smallest_subnormal >= 2.0**-30 and f.max_representable_value <= 2.0**30 for f in formats)
         bits = sum(f.mantissa_bits + 1 for f in formats)
         return in_range and bits <= 24 and self.fraction_bits + 2 + self.group.bit_length() <= 24
 
     @property
     def least_exponent(self) -> int:
-        """To which terms are aligned at least: where it is narrow, all that are not zero are above it anyway."""
+        """To which terms are aligned at least: where it is narrow, all values that are not zero are above it anyway."""
         return -60 if self.is_narrow else -133
 
     @property
@@ -159,21 +184,24 @@ def resolve_accumulator(accumulator: str) -> Accumulator:
     """
     if not isinstance(accumulator, str):
         raise TypeError(f"accumulator must be a string, got {accumulator!r}")
-    match = _SPELLING.fullmatch(accumulator)
+    return Accumulator(accumulator, *_fields_of(accumulator))
+
+
+def _fields_of(name: str) -> tuple[Any, ...]:
+    """What a name or a spelling says, in the order of Accumulator's fields."""
+    match = _SPELLING.fullmatch(name)
     rule, formats = (match[1], match.groups()[1:]) if match else ("", (None, None))
     if rule.upper() in NAMED_ACCUMULATORS:
         named = _SPELLING.fullmatch(NAMED_ACCUMULATORS[rule.upper()])
         assert named is not None
         rule, formats = named[1], formats if formats[0] else named.groups()[1:]
-    fields = _RULE.fullmatch(rule.lower())
-    if fields is None:
+    found = _RULE.fullmatch(rule.lower())
+    if found is None:
         raise ValueError(
-            f"unknown accumulator {accumulator!r}: expected one of {', '.join(NAMED_ACCUMULATORS)}, "
-            f"or a spelling {GRAMMAR}"
+            f"unknown accumulator {name!r}: expected one of {', '.join(NAMED_ACCUMULATORS)}, or a spelling {GRAMMAR}"
         )
-    group, fraction_bits, exponent_bits, mantissa_bits, rounding, promotion, kind, scaled = fields.groups()
-    return Accumulator(
-        accumulator,
+    group, fraction_bits, exponent_bits, mantissa_bits, rounding, promotion, kind, scaled = found.groups()
+    return (
         int(group or 1),
         None if fraction_bits is None else int(fraction_bits),
         int(exponent_bits),
@@ -182,7 +210,7 @@ def resolve_accumulator(accumulator: str) -> Accumulator:
         int(promotion) if promotion else None,
         int(scaled) if scaled else None,
         kind == "x",
-        tuple(None if name is None or name.lower() == "any" else resolve(name) for name in formats),  # type: ignore[arg-type]
+        tuple(None if format is None or format.lower() == "any" else resolve(format) for format in formats),
     )
 
 

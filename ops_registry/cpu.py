@@ -313,7 +313,7 @@ def matmul(
     fields = [batch, a.shape[-2], size, columns, *(t.data_ptr() for t in tensors)]
     fields += [rule.group, rule.products_of_term, rule.promotion or 0, not rule.is_narrow]
     fields += [-1 if rule.fraction_bits is None else rule.fraction_bits, rule.least_exponent, rule.mantissa_bits]
-    fields += [max(rule.min_exponent, rule.least_exponent), 1 << rule.exponent_bits - 1, rule.is_truncated]
+    fields += [max(rule.min_exponent, rule.least_exponent), rule.max_exponent, rule.is_truncated]
     if out.numel():
         _native.altgrad_matmul(_product(*fields))
     return out

@@ -45,10 +45,10 @@ def to_nearest(x):
 @triton.jit
 def round_kept(total, rule: tl.constexpr):
     least: tl.constexpr = max(rule.min_exponent, rule.least_exponent)
-    exponents = tl.maximum(exponents_of(total), least) - rule.mantissa_bits
+    exponents = tl.minimum(tl.maximum(exponents_of(total), least), rule.max_exponent) - rule.mantissa_bits
     quanta = total * power_of_two(-exponents, total.dtype)
     kept = (toward_zero(quanta) if rule.is_truncated else to_nearest(quanta)) * power_of_two(exponents, total.dtype)
-    limit: tl.constexpr = 2.0 ** (1 << rule.exponent_bits - 1)
+    limit: tl.constexpr = 2.0 ** (rule.max_exponent + 1)
     if total.dtype == tl.float32:  # what narrow operands can sum to is below it
         return kept
     else:

@@ -146,8 +146,9 @@ def sum_to_odd(a: Tensor, b: Tensor) -> Tensor:
 
 def round_kept(total: Tensor, rule: Accumulator) -> Tensor:
     """What the accumulator keeps of a float64 sum."""
-    exponents = ((total.view(torch.int64) >> 52 & 0x7FF) - 1023).clamp(min=rule.min_exponent) - rule.mantissa_bits
+    own = (total.view(torch.int64) >> 52 & 0x7FF) - 1023
+    exponents = own.clamp(rule.min_exponent, rule.max_exponent) - rule.mantissa_bits
     quanta = total * power_of_two(-exponents)
     kept = (quanta.trunc() if rule.is_truncated else quanta.round()) * power_of_two(exponents)
     infinite = torch.full_like(kept, torch.inf).copysign(kept)
-    return torch.where(kept.abs() >= 2.0 ** (1 << rule.exponent_bits - 1), infinite, kept)
+    return torch.where(kept.abs() >= 2.0 ** (rule.max_exponent + 1), infinite, kept)

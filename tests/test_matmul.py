@@ -1,5 +1,6 @@
 """Products with the accumulator of a tensor core: what an H100 gave, and the rule in exact rationals."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.func import grad, jvp, vmap
 
 from altgrad.quantization import quantize, resolve
 from ops_registry import aten, cpu
-from ops_registry.accumulators import NAMED_ACCUMULATORS, resolve_accumulator
+from ops_registry.accumulators import ACCUMULATORS, NAMED_ACCUMULATORS, resolve_accumulator
 
 ag = torch.ops.altgrad
 BACKENDS = {"operator": ag.matmul, "formula": aten.FORMULAS["matmul"]}
@@ -231,6 +232,29 @@ def test_chains_round_once():
         assert_same_bits(backend(a, b, "e5m10n"), torch.tensor([[1 + 2.0**-10]]))
 
 
+@pytest.mark.parametrize(
+    ("accumulator", "a", "b", "want"),
+    [
+        ("e4m1n", 448.0, 448.0, torch.inf),
+        ("g3f13e8m1z(E5M2,E5M2)", torch.inf, 1.0, torch.inf),
+        ("g3f13e8m1z(E5M2,E5M2)", -torch.inf, 1.0, -torch.inf),
+        ("g3f13e8m1z(e5m2b31f,e5m2b31f)", 2.0**-32, 2.0**-32, 1.5 * 2.0**-63),
+    ],
+)
+def test_ends_of_the_range_with_one_mantissa_bit(accumulator, a, b, want, device):
+    """What is kept has no quantum above its largest value's, and one below that of the least product."""
+    for backend in BACKENDS.values():
+        got = backend(torch.full((1, 3), a, device=device), torch.full((3, 1), b, device=device), accumulator)
+        assert_same_bits(got.cpu(), torch.tensor([[want]]))
+
+
+def test_fields_are_those_of_the_name():
+    fast = ACCUMULATORS["HOPPER_FP8_FAST"]
+    assert replace(fast, name="g32f13e8m13z(E4M3,E4M3)").promotion is None
+    with pytest.raises(ValueError, match="fields of accumulator 'HOPPER_FP8_FAST' must be those of its name"):
+        replace(fast, promotion=128)
+
+
 def test_gradients_are_products_by_the_same_accumulator():
     a, b = quantize(torch.randn(5, 70), "E5M2").requires_grad_(), quantize(torch.randn(70, 6), "E4M3").requires_grad_()
     accumulator = "HOPPER_FP8_FAST(E5M2,E4M3)"
@@ -303,6 +327,13 @@ BAD = [
     (ValueError, "mantissa bits of accumulator 'e8m24n' must be 1 to 23, got 24", (4, 8), (8, 4), "e8m24n"),
     (ValueError, "fraction bits of accumulator .* must be 1 to 42, got 45", (4, 8), (8, 4), "g32f45e8m23z"),
     (ValueError, "promotion of accumulator .* must be a multiple of 32, got 100", (4, 8), (8, 4), "g32f13e8m13zp100"),
+    (
+        ValueError,
+        "16 products .* to 53 bits or less, got FP16 and FP16, which take 92",
+        (4, 8),
+        (8, 4),
+        "g64f35e8m23zx16(FP16,FP16)",
+    ),
     (ValueError, "unknown format 'E9M9'", (4, 8), (8, 4), "HOPPER_FP8(E9M9,E4M3)"),
     (ValueError, r"a and b must have the shapes \[.., M, K\] and \[.., K, N\]", (4, 8), (7, 4), "HOPPER_BF16"),
     (ValueError, r"a and b must have the shapes \[.., M, K\] and \[.., K, N\]", (8,), (8, 4), "HOPPER_BF16"),

@@ -40,10 +40,11 @@ INLINE FLOATS NAME(to_integers)(FLOATS x, int is_truncated) {
 
 /* What the accumulator keeps of a sum. */
 INLINE FLOATS NAME(round_kept)(FLOATS sum, const struct product *p) {
-    const INTS exponents = NAME(largest)(NAME(exponents)(sum), (INTS){0} + p->min_exponent) - p->mantissa_bits;
+    const INTS own = NAME(largest)(NAME(exponents)(sum), (INTS){0} + p->min_exponent);
+    const INTS exponents = -NAME(largest)(-own, (INTS){0} - p->max_exponent) - p->mantissa_bits;
     const FLOATS quanta = sum * NAME(power_of_two)(-exponents);
     const FLOATS kept = NAME(to_integers)(quanta, p->is_truncated) * NAME(power_of_two)(exponents);
-    const FLOATS limit = (FLOATS){0} + NAME(number)((UINT)(p->limit_exponent + EXPONENT_BIAS) << FRACTION_BITS);
+    const FLOATS limit = (FLOATS){0} + NAME(number)((UINT)(p->max_exponent + 1 + EXPONENT_BIAS) << FRACTION_BITS);
     const FLOATS infinity = (FLOATS){0} + (FLOAT)__builtin_inf();
     return NAME(any)(kept >= limit, infinity, NAME(any)(kept <= -limit, -infinity, kept));
 }

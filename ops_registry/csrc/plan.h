@@ -107,7 +107,7 @@ struct product {
     int64_t group, block, promotion;  /* products: of a group, of a term, until promoted (0: never) */
     int32_t is_double, fraction_bits; /* -1: a chain */
     int32_t least_exponent;           /* to which terms are aligned */
-    int32_t mantissa_bits, min_exponent, limit_exponent, is_truncated; /* of what is kept; 2^limit is infinite */
+    int32_t mantissa_bits, min_exponent, max_exponent, is_truncated; /* of what is kept */
 };
 enum { PANEL = 16, ROWS = 32 }; /* columns that lie side by side in b, and rows that they are read for at once */
 
