@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .accumulators import resolve_accumulator
 from .arithmetic import divide
+from .cuda import REPEATED
 from .operators import library
 from .products import of_products
 
@@ -196,7 +197,7 @@ def _register_kernel(name: str, rule: Rule) -> None:
     members = {f.__name__: staticmethod(f) for f in (forward, backward, jvp, _compiled_autograd_key)}
     function: Any = type(name.title().replace("_", ""), (_SingleLevelFunction,), members)
 
-    redispatch = op._handle.redispatch_boxed
+    redispatch, repeat = op._handle.redispatch_boxed, REPEATED.get(name)
     is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
     types = [str(argument.type) for argument in op._schema.arguments]
     tensors = slice(1 + max(place for place, kind in enumerate(types) if "Tensor" in kind))  # none is behind them
@@ -209,7 +210,12 @@ def _register_kernel(name: str, rule: Rule) -> None:
         if is_grad_enabled() and any_requires_grad(*args[tensors]):
             return function.apply(None, keyset, *args)
         keys = _PLAIN.get(keyset.raw_repr())
-        return below_autograd(keyset, args) if keys is None else redispatch(keys, *args)
+        if keys is None:
+            return below_autograd(keyset, args)
+        # A second kernel in Python takes as long as a launch does.
+        if keys is not _CPU and repeat is not None and (output := repeat(*args)) is not None:
+            return output
+        return redispatch(keys, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -411,9 +411,11 @@ DESCRIPTIONS = with_twins(
         "quantize_operands": quantize_operands,
     }
 )
+_SERVED = {name: served(name, describe, aten.KERNELS[name]) for name, describe in DESCRIPTIONS.items()}
 KERNELS = with_twins({"encode_blocks": encode_blocks, "pack": pack, "unpack": unpack, "matmul": matmul}) | {
-    name: served(name, describe, aten.KERNELS[name]) for name, describe in DESCRIPTIONS.items()
+    name: kernel for name, (kernel, _) in _SERVED.items()
 }
+REPEATED = {name: repeat for name, (_, repeat) in _SERVED.items()}
 
 for _name, _kernel in KERNELS.items():
     library.impl(_name, _kernel, "CUDA")

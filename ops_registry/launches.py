@@ -163,27 +163,36 @@ def numbers_of(
 
 def served(
     name: str, describe: Callable[..., tuple[Any, Launch | None]], formula: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The CUDA kernel of an operator from what describes its output, or outputs, and their launch.
 
-    The formula serves where no launch is described.
+    The formula serves where no launch is described. The other function launches again what this kernel did before with
+    such arguments, and returns None where there is no such launch.
     """
     tensors = OPERATORS[name].tensors
     types = [str(argument.type) for argument in getattr(torch.ops.altgrad, name).default._schema.arguments]
     block = types.index("List[int]") if "List[int]" in types else None  # no key for a dictionary
+    second, third = (place if place < tensors else 0 for place in range(1, INPUTS))
     kinds: dict[tuple[Any, ...], int] = {}
 
+    def options_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if block is None:
+            return args[tensors:]
+        missing = args[second] is None, args[third] is None
+        return *missing, *args[tensors:block], tuple(args[block]), *args[block + 1 :]
+
+    def repeat(*args: Any) -> Any:
+        kind = kinds.get(options_of(args))
+        if kind is None:
+            return None
+        x, y, z = args[0], args[second], args[third]
+        output, other = _again(KEYS, kind, x, x if y is None else y, x if z is None else z)
+        return output if other is None else (output, other)
+
     def kernel(*args: Any) -> Any:
-        x, second, third = (*args[:tensors], args[0], args[0])[:INPUTS]
-        options = args[tensors:]
-        if block is not None:
-            options = second is None, third is None, *args[tensors:block], tuple(args[block]), *args[block + 1 :]
-            second, third = x if second is None else second, x if third is None else third
-        kind = kinds.get(options)
-        if kind is not None:
-            made = _again(KEYS, kind, x, second, third)
-            if made[0] is not None:
-                return made[0] if made[1] is None else made
+        output = repeat(*args)
+        if output is not None:
+            return output
         output, launch = describe(*args)
         if launch is None:
             return formula(*args)
@@ -191,13 +200,16 @@ def served(
         compiled = start(launch)
         numbers = numbers_of(launch, compiled, args[:tensors], outputs)
         if numbers is not None and is_remembered(outputs[0]):
+            options = options_of(args)
+            kind = kinds.get(options)
             if kind is None:
                 if len(kinds) >= MAX_KINDS:
                     kinds.clear()
                 kind = kinds[options] = next(_kinds)
             _owners[compiled.function] = compiled
-            given = x, second, third, outputs[0], outputs[-1], torch.tensor(numbers, dtype=torch.int64, device="cpu")
-            _remember(KEYS, kind, *given)
+            written = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+            inputs = [args[0] if args[place] is None else args[place] for place in (0, second, third)]
+            _remember(KEYS, kind, *inputs, outputs[0], outputs[-1], written)
         return output
 
-    return kernel
+    return kernel, repeat

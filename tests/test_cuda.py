@@ -381,6 +381,20 @@ def test_repeated_launches(monkeypatch):
     assert_same_bits(out, want)
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*overrid")
+def test_a_kernel_in_the_place_of_ours():
+    """It serves where ours did not before; what ours launched is launched again (how_it_works.md)."""
+    x, scale = torch.randn(8, device="cuda"), torch.ones((), device="cuda")
+    before = torch.ops.altgrad.quantize(x, scale, "e3m2b5")
+    with torch.library._scoped_library("altgrad", "IMPL") as theirs:
+        theirs.m.impl("quantize", "CUDA", lambda x, *others: x + 1, False)  # impl itself refuses that in torch 2.11
+        assert_same_bits(torch.ops.altgrad.quantize(x, scale, "e3m2b6"), x + 1)
+        assert_same_bits(torch.ops.altgrad.quantize(x, scale, "e3m2b5"), before)
+        assert_same_bits(torch.ops.altgrad.quantize(x.requires_grad_(), scale, "e3m2b5"), x + 1)
+    assert_same_bits(torch.ops.altgrad.quantize(x, scale, "e3m2b5"), before)
+
+
 def _move(tensor, device):
     """tensor on device with its strides and storage offset."""
     storage = tensor.as_strided((tensor.untyped_storage().size() // tensor.element_size(),), (1,), 0).to(device)

@@ -178,13 +178,15 @@ def test_two_outputs(driven, monkeypatch):
         return outputs, Launch(None, 3, [x, x, x, *outputs], (x.numel(),), (), {})
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
-    kernel = launches.served("quantize_operands", describe, None)
+    kernel, repeat = launches.served("quantize_operands", describe, None)
     args = None, None, "E4M3", *MODES, [1, 4]
+    assert repeat(torch.randn(4, 8), *args) is None
     for x in (torch.randn(4, 8), torch.randn(4, 8)):
         outputs = kernel(x, *args)
         assert [(out.shape, out.stride()) for out in outputs] == [((4, 8), (8, 1)), ((8, 4), (1, 8))]
     assert len(described) == len(driven.launched) == 1
     assert driven.launched[0][-1] == [*[x.data_ptr()] * 3, *[out.data_ptr() for out in outputs], 32, 0, 0]
+    assert len(repeat(x, *args)) == 2 and repeat(x.t(), *args) is None
 
 
 def test_an_output_that_is_zero_before(driven):
@@ -308,7 +310,7 @@ def described(monkeypatch):
             out = torch.empty_like(x)
             return out, None if "E5M2" in others else Launch(None, 1, [x, x, out, out], (x.numel(),), (), {})
 
-        return calls, launches.served(name, describe, getattr(torch.ops.altgrad, name))
+        return calls, launches.served(name, describe, getattr(torch.ops.altgrad, name))[0]
 
     monkeypatch.setattr(launches, "start", lambda launch: compiled())
     return make
