@@ -44,7 +44,9 @@ def by_hand(x, c):
     """The scores of a candidate from the functions of altgrad.quantization, on the whole matrix."""
     x = x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)
     scale = compute_scale(x, c.format, granularity=c.granularity, **c.keywords)
-    return quantization_stats(x, c.format, scale), (scale.double().amax() / scale.double().amin()).log2().item()
+    known = scale[~scale.isnan()].double()
+    spread = (known.amax() / known.amin()).log2().item() if len(known) else math.nan
+    return quantization_stats(x, c.format, scale), spread
 
 
 def assert_as_by_hand(report, tensors):
@@ -57,7 +59,7 @@ def assert_as_by_hand(report, tensors):
             # The same float64 squares, added in another order.
             want = stats.sqnr.item()
             assert got.sqnr == pytest.approx(want, rel=1e-12, nan_ok=True), (layer.name, name)
-            assert got.scale_spread == pytest.approx(spread, rel=1e-15), (layer.name, name)
+            assert got.scale_spread == pytest.approx(spread, rel=1e-15, nan_ok=True), (layer.name, name)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -87,6 +89,27 @@ def test_scores_by_value_are_those_computed_by_hand(tmp_path, monkeypatch):
     floors = [candidate(name) for name in names if candidate(name).rule.power_of_two == "floor"]
     groups = {c: sum(args[1] == c for args in seen) for c in floors}
     assert len(floors) == 9 and min(groups.values()) > 2 * len(tensors)  # several scales a tensor
+
+
+def test_a_last_block_of_one_element_and_scales_of_nan(tmp_path):
+    tensors = {
+        "one": torch.randn(3, 17, generator=torch.Generator().manual_seed(2)),
+        "infinite": torch.tensor([[0.0, 4.0, 1.0, 2.0], [math.inf, 0, 0, 1], [math.nan, 0, 1, 2], [0, 0, 1, -1]]),
+    }
+    torch.save(tensors, tmp_path / "a.pt")
+    report = report_weights(tmp_path / "a.pt", ["NVFP4", "E2M1@5/E4M3", "E4M3", "E4M3@row", "E2M1@2", "E8M0@row"])
+    assert_as_by_hand(report, tensors)
+    assert report.layers[1].scores["E4M3@row"].scale_spread == 2
+
+
+def test_values_of_few_scales(tmp_path, monkeypatch):
+    """Subnormals of bfloat16 have more than one scale; zeros beside an infinity are not flushed."""
+    monkeypatch.setattr(weights_module, "_BY_VALUE", -1)
+    monkeypatch.setattr(weights_module, "_BY_SCALE_AND_VALUE", -1)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    tensors = {"subnormal": (x * 2.0**-130).bfloat16(), "infinite": torch.tensor([[math.inf, 0, 0, 1]]).bfloat16()}
+    torch.save(tensors, tmp_path / "a.pt")
+    assert_as_by_hand(report_weights(tmp_path / "a.pt", ["E0M7@32/floor", "E4M3@32/floor", "E4M3", "E2M1"]), tensors)
 
 
 def test_formats_of_two_bytes_and_without_a_sign(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from altgrad.report import Layer, Report, Score, assign, candidate, measure, report_weights
 from altgrad.report.assign import cost
 from altgrad.simulation import restore, simulate
+from altgrad.simulation.layers import Simulated
 
 pytest.importorskip("scipy")
 
@@ -153,3 +154,30 @@ def test_a_budget_that_is_met_exactly():
     layers = [Layer(f"{n}.weight", "weight", (c, 32), "float32", c * 32, 0, 0, 0, {}, score) for n, c in counts.items()]
     choice = assign(Report("x", ["MXFP4"], layers, []), 4.25)
     assert {name: operands["weight"] for name, operands in choice.choices.items()} == dict.fromkeys(counts, "MXFP4")
+
+
+def test_layers_of_any_name(tmp_path):
+    """A model that is one layer; an attention whose three weights are three tensors."""
+    model = torch.nn.Linear(64, 8)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    choice = assign(report_weights(tmp_path / "m.pt", ["E4M3"]), 9, model=model)
+    assert choice.choices == {"": {"weight": "E4M3"}}
+    simulate(model, choice.recipes)
+    assert isinstance(model, Simulated)
+    restore(model)
+
+    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(16, 2, kdim=8), "weight": model})
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    choice = assign(report_weights(tmp_path / "m.pt", ["E4M3"]), 9)
+    assert set(choice.choices) == {"attention.out_proj", "weight"}
+    three = [entry.name for entry in choice.left_out if "takes one recipe" in entry.reason]
+    assert three == [f"attention.{x}_proj_weight" for x in "qkv"]
+
+
+def test_costs_that_are_no_numbers():
+    report = made_up(2, ["E4M3", "E5M2"], 0, True)
+    first, second = report.layers
+    first.scores = {name: score._replace(sensitivity=float("nan")) for name, score in first.scores.items()}
+    choice = assign(report, 100)
+    assert [f"{name}.weight" for name in choice.choices] == [second.name]
+    assert choice.left_out == [(first.name, "a score in it is no finite number")]

@@ -224,6 +224,16 @@ def test_sensitivities_are_the_mean_over_batches(net, batches):
                 assert got == pytest.approx(sum(parts) / 2, rel=1e-5), (layers[0].name, layers[0].operand)
 
 
+def test_sensitivities_to_small_gradients(net, batches):
+    """Squares of float32 gradients near 2^-80 are no float32 numbers."""
+    usual = measure(net, batches, loss, CANDIDATES)
+    small = measure(net, batches, lambda model, batch: loss(model, batch) * 2.0**-80, CANDIDATES)
+    for one, other in zip(usual.layers, small.layers, strict=True):
+        for score, its in zip(one.scores.values(), other.scores.values(), strict=True):
+            if score.sensitivity is not None:
+                assert its.sensitivity == pytest.approx(score.sensitivity * 2.0**-160, rel=1e-6, abs=0)
+
+
 @pytest.mark.gpu
 def test_a_model_on_a_gpu(net, batches):
     """What is counted there is what is counted here, but for what products round in another order."""

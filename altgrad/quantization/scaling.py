@@ -202,7 +202,7 @@ def scaler(
     power_of_two, levels = options.get("power_of_two"), levels_of(f, options)
 
     def scale_of(group: Tensor, dims: tuple[int, ...]) -> Tensor:
-        to_scale = _rounded_scale(x, f, power_of_two, levels)
+        to_scale = rounded_scale(x, f, power_of_two, levels)
         if factors := factors_of(method, power_of_two):
             return _least_error(group, dims, f, factors, to_scale)
         if method == "percentile":
@@ -210,7 +210,7 @@ def scaler(
             return to_scale(statistic if headroom == 1 else statistic * headroom)
         statistic = amax(group, dims)
         if group.numel() == x.numel():  # all of x, or one of its parts with even blocks
-            to_scale = _rounded_scale(statistic, f, power_of_two, levels)
+            to_scale = rounded_scale(statistic, f, power_of_two, levels)
         return to_scale(statistic if headroom == 1 else statistic * headroom)
 
     return scale_of
@@ -274,7 +274,7 @@ def factors_of(method: str, power_of_two: str | None) -> list[float]:
     return []
 
 
-def _rounded_scale(
+def rounded_scale(
     x: Tensor, format: FP8Format, power_of_two: str | None, levels: Levels | None
 ) -> Callable[[Tensor], Tensor]:
     """The function statistic -> scale; x has the largest magnitude of the whole tensor."""

@@ -1,6 +1,7 @@
 """A recipe for each layer under a budget of bits: the choice with the least predicted loss, found exactly."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from .candidates import candidate
 from .results import Layer, LeftOut, Report, Score
 
 WEIGHTS, ACTIVATIONS = ("weight", "forward.w"), ("forward.x",)
-_SUFFIXES = (".weight", ".in_proj_weight")
+_OF_LAYERS = ("weight", "in_proj_weight")
+_OF_ATTENTION = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -99,7 +101,7 @@ def assign(
         chosen, kind_gap = _solve(layers, budget_bits, kind)
         gap = max(gap, kind_gap)
         for layer, name in zip(layers, chosen):
-            choices.setdefault(module_name(layer.name), {})[layer.operand] = name
+            choices.setdefault(module_name(layer), {})[layer.operand] = name
             added += layer.scores[name].sensitivity or 0.0
         scores = [(layer.count, layer.scores[name]) for layer, name in zip(layers, chosen)]
         bits[kind] = sum(n * score.bits for n, score in scores) / sum(n for n, _ in scores)
@@ -134,11 +136,10 @@ def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Ite
     return sum(losses) / len(losses)
 
 
-def module_name(name: str) -> str:
-    """The module of a parameter; names of modules as they are."""
-    for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+def module_name(layer: Layer) -> str:
+    """The module of a tensor of a checkpoint; other layers of a report have its name."""
+    module, _, parameter = layer.name.rpartition(".")
+    return module if layer.operand == "weight" and parameter in _OF_LAYERS else layer.name
 
 
 def cost(layer: Layer, score: Score) -> float:
@@ -157,8 +158,12 @@ def _choosable(report: Report, operands: tuple[str, ...], names: set[str] | None
             reason = "a vector"
         elif layer.nan or layer.infinite:
             reason = f"{layer.nan} NaN and {layer.infinite} infinities in it"
-        elif names is not None and module_name(layer.name) not in names:
+        elif layer.operand == "weight" and layer.name.rpartition(".")[2] in _OF_ATTENTION:
+            reason = "one of three weights of a layer, which takes one recipe"
+        elif names is not None and module_name(layer) not in names:
             reason = "of no layer that can be simulated"
+        elif not all(math.isfinite(cost(layer, score)) for score in layer.scores.values()):
+            reason = "a score in it is no finite number"
         else:
             layers.append(layer)
             continue

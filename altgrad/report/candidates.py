@@ -9,6 +9,7 @@ from ops_registry.modes import POWER_OF_TWO_RULES
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerAxis, PerBlock, PerTensor
+from ..quantization.scaling import ScaleOptions
 from ..simulation.recipes import Recipe, Rule
 
 # The block formats of OCP MX and NVIDIA, spelled out.
@@ -55,7 +56,7 @@ class Candidate:
         return PerAxis(0) if self.rule.per == "row" else PerBlock(self.rule.per)
 
     @property
-    def keywords(self) -> dict[str, Any]:
+    def keywords(self) -> ScaleOptions:
         """The keywords of :func:`altgrad.quantization.compute_scale`, but for the granularity."""
         return {"power_of_two": self.rule.power_of_two, "scale_format": self.rule.scale_format}
 

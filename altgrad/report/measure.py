@@ -115,33 +115,34 @@ class _Operand:
     tallies: list[Tally]
     bits: list[float]
 
-    def add(self, x: Tensor, chosen: list[Candidate], weight: Tensor | None) -> None:
-        """Counts x [..., rows, contraction]; weight as in :func:`add`."""
+    def add(self, x: Tensor, chosen: list[Candidate], gradient: Tensor | None) -> None:
+        """Counts x [..., rows, contraction]; gradient as in :func:`add`."""
         x = x.detach()
         if x.ndim > 2 and all(isinstance(c.rule.per, str) or c.rule.block[0] == 1 for c in chosen):
-            x, weight = x.flatten(0, -2), None if weight is None else weight.flatten(0, -2)
+            x, gradient = x.flatten(0, -2), None if gradient is None else gradient.flatten(0, -2)
         largest = largest_of(x)
         functions = [scale_function(largest, c) for c in chosen]
-        stack, weights = x.reshape(-1, *x.shape[-2:]), None if weight is None else weight.reshape(-1, *x.shape[-2:])
+        stack, of_stack = (None if t is None else t.reshape(-1, *x.shape[-2:]) for t in (x, gradient))
+        assert stack is not None
         for index, matrix in enumerate(stack):
-            shares = None if weights is None else parts(weights[index], chosen)
+            gradients = None if of_stack is None else parts(of_stack[index], chosen)
             for part in parts(matrix, chosen):
                 self.signal.add(part)
-                share, wide = None if shares is None else next(shares), part.double()
+                of_part, wide = None if gradients is None else next(gradients), part.double()
                 for tally, c, scale_of in zip(self.tallies, chosen, functions):
-                    add(tally, part, wide, c, scale_of, share)
+                    add(tally, part, wide, c, scale_of, of_part)
         for i, c in enumerate(chosen):
             self.bits[i] += x.numel() * c.bits(x.numel() // x.shape[-1], x.shape[-1])
 
 
 @dataclass
 class _Weight:
-    """A weight, and its squared gradients of all batches; of this batch the gradient so far."""
+    """A weight, and the root of its squared gradients of all batches; of this batch the gradient so far."""
 
     name: str
     value: Tensor
     gradient: Tensor
-    squares: Tensor
+    norm: Tensor
 
 
 @dataclass
@@ -166,8 +167,7 @@ class _Recording:
     def count(self, name: str, index: int, x: Tensor, w: Tensor, dy: Tensor) -> None:
         with torch.no_grad():
             g, compute = dy.detach(), torch.promote_types(dy.dtype, torch.float32)
-            sensitivity = (g.to(compute) @ w.to(compute)).square_()
-            self.add(name, "forward.x", x, sensitivity)
+            self.add(name, "forward.x", x, g.to(compute) @ w.to(compute))
             self.add(name, "grad_input.dy", g)
             self.add(name, "grad_weight.dy", g.mT)
             self.add(name, "grad_weight.x", x.mT)
@@ -176,25 +176,25 @@ class _Recording:
                 self.weights[name, index] = _Weight(name, w, *zeros)
             self.weights[name, index].gradient += g.to(compute).mT @ x.to(compute)
 
-    def add(self, name: str, operand: str, x: Tensor, weight: Tensor | None = None) -> None:
+    def add(self, name: str, operand: str, x: Tensor, gradient: Tensor | None = None) -> None:
         if x.numel() == 0:
             return
         if (name, operand) not in self.operands:
             tallies = [empty_tally(c) for c in self.chosen]
             shape, dtype = tuple(x.shape), str(x.dtype).removeprefix("torch.")
             self.operands[name, operand] = _Operand(shape, dtype, Signal(), tallies, [0.0] * len(tallies))
-        self.operands[name, operand].add(x, self.chosen, weight)
+        self.operands[name, operand].add(x, self.chosen, gradient)
 
     def end_batch(self) -> None:
         for weight in self.weights.values():
-            weight.squares += weight.gradient.square_()
+            weight.norm.hypot_(weight.gradient)  # squares would leave the range of float32
             weight.gradient.zero_()
         self.seen.clear()
 
     def layers(self, batches: int) -> list[Layer]:
         """A layer of the report for each operand, in the order of the layers' first gradients reversed."""
         for weight in self.weights.values():
-            self.add(weight.name, "forward.w", weight.value, weight.squares)
+            self.add(weight.name, "forward.w", weight.value, weight.norm)
             self.add(weight.name, "grad_input.w", weight.value.mT)
         names = list(dict.fromkeys(name for name, _ in self.weights))[::-1]
         found = ((name, operand) for name in names for operand in OPERANDS)

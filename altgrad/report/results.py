@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 class Score(NamedTuple):
     """What a candidate does to a tensor.
 
-    sqnr: dB. clipped, flushed: shares of all elements, beyond the largest value and to zero. used_bits: log2 of the
-    number of codes in use. scale_spread: log2 of the largest scale over the smallest. bits: of storage an element, its
-    share of the scales included. sensitivity: sum of squared gradient times squared error, None without data.
+    sqnr: dB, by sums of squares in float64. clipped, flushed: shares of all elements, beyond the largest value and to
+    zero. used_bits: log2 of the number of codes in use. scale_spread: log2 of the largest scale over the smallest, NaN
+    left out. bits: of storage an element, its share of the scales included. sensitivity: sum of squared gradient times
+    squared error, None without data.
     """
 
     sqnr: float

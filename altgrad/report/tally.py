@@ -18,7 +18,7 @@ from ..quantization.formats import FP8Format
 from ..quantization.granularity import PerAxis, PerBlock, PerTensor
 from ..quantization.magnitudes import amax
 from ..quantization.ops import encode, quantize
-from ..quantization.scaling import scaler
+from ..quantization.scaling import levels_of, rounded_scale
 from .candidates import Candidate
 from .results import Score
 
@@ -88,7 +88,10 @@ class Signal:
 
 @dataclass
 class Tally:
-    """What is counted of a candidate on a matrix; flushed where no code is zero, else the codes say it."""
+    """What is counted of a candidate on a matrix.
+
+    flushed: where no code is zero; else the codes say it, and this is how many zeros became NaN.
+    """
 
     codes: Tensor
     clipped: int = 0
@@ -114,7 +117,9 @@ class Tally:
     def score(self, signal: Signal, bits: float) -> Score:
         n = signal.count
         used = int(self.codes.count_nonzero())
-        flushed = int(self.codes[self.zero_codes].sum()) - signal.zeros if self.zero_codes else self.flushed
+        flushed = self.flushed
+        if self.zero_codes:
+            flushed += int(self.codes[self.zero_codes].sum()) - signal.zeros
         return Score(
             sqnr=_decibels(signal.energy, self.error),
             clipped=self.clipped / n,
@@ -143,14 +148,22 @@ def largest_of(x: Tensor) -> Tensor:
 
 def scale_function(largest: Tensor, candidate: Candidate) -> ScaleFunction:
     """The function (blocks, dims) -> scale for parts of a matrix whose largest magnitude is given."""
-    scale_of = scaler(largest, candidate.format, **candidate.keywords)
-    return one_scale(largest, candidate) if candidate.rule.per == "tensor" else scale_of
+    if candidate.rule.per == "tensor":
+        return one_scale(largest, candidate)
+    to_scale = _to_scale(largest, candidate)
+    return lambda blocks, dims: to_scale(amax(blocks, dims))
 
 
 def one_scale(largest: Tensor, candidate: Candidate) -> ScaleFunction:
     """The function that gives the scale of a group with this largest magnitude, whatever it is given."""
-    scale = PerTensor().apply(scaler(largest, candidate.format, **candidate.keywords), largest).reshape(())
+    scale = _to_scale(largest, candidate)(largest_of(largest)).reshape(())
     return lambda blocks, dims: scale
+
+
+def _to_scale(largest: Tensor, candidate: Candidate) -> Callable[[Tensor], Tensor]:
+    """The function amax of a group -> scale."""
+    f, keywords = candidate.format, candidate.keywords
+    return rounded_scale(largest, f, keywords["power_of_two"], levels_of(f, keywords))
 
 
 def parts(x: Tensor, candidates: list[Candidate], size: int = PART) -> Iterator[Tensor]:
@@ -170,11 +183,14 @@ def value_counts(x: Tensor, granularity: PerTensor | PerAxis | PerBlock) -> dict
     """
     if isinstance(granularity, PerTensor):
         return {math.nan: _histogram(_bits(x), 1 << 16)}
-    fields = granularity.apply(lambda blocks, dims: amax(blocks, dims).view(torch.int32) >> 23, x, compact=True)
+    # In float64, where those that are subnormal in float32 have exponents of their own.
+    fields = granularity.apply(
+        lambda blocks, dims: amax(blocks, dims).double().view(torch.int64) >> 52, x, compact=True
+    )
     found, index = fields.unique(return_inverse=True)
     keys = granularity.apply(lambda blocks, dims, i: (i << 16) | _bits(blocks), x, index.int())
     counts = _histogram(keys, len(found) << 16).view(-1, 1 << 16)
-    return dict(zip((found << 23).view(torch.float32).tolist(), counts))
+    return dict(zip((found << 52).view(torch.float64).tolist(), counts))
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -192,13 +208,13 @@ def add(
     wide: Tensor,
     candidate: Candidate,
     scale_of: ScaleFunction,
-    weight: Tensor | None = None,
+    gradient: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
     """Counts a part of a matrix; wide is x in float64, made once for all candidates.
 
-    weight, of x's shape, adds ``sum(weight * error^2)`` to the sensitivity. With counts x has values, each once, and
-    counts how often they are there; then one scale serves all of them.
+    gradient, of x's shape, adds ``sum((gradient * error)^2)`` to the sensitivity. With counts x has values, each once,
+    and counts how often they are there; then one scale serves all of them.
     """
     f, granularity = candidate.format, candidate.granularity if counts is None else PerTensor()
 
@@ -207,9 +223,13 @@ def add(
         codes = encode(blocks, f, scale)  # torch counts no uint16
         tally.codes += _histogram(codes if f.bits <= 8 else codes.int(), len(tally.codes), counts).cpu()
         tally.clipped += _clipped(blocks, dims, f, scale, counts)
-        least, most = (float(end) for end in torch.aminmax(scale))
-        tally.smallest = min(tally.smallest, least)
-        tally.largest = max(tally.largest, most)
+        known = scale[~scale.isnan()]
+        if known.numel() > 0:
+            least, most = (float(end) for end in torch.aminmax(known))
+            tally.smallest = min(tally.smallest, least)
+            tally.largest = max(tally.largest, most)
+        if known.numel() < scale.numel() and f.has_zero:
+            tally.flushed += _total((blocks == 0) & scale.isnan(), counts)
         y = quantize(blocks, f, scale)
         if not f.has_zero:  # the smallest value times the scale may be
             tally.flushed += _total((y == 0) & (blocks != 0), counts)
@@ -217,8 +237,8 @@ def add(
 
     error = granularity.apply(visit, x).double().sub_(wide)
     tally.error += _energy(error, counts)
-    if weight is not None:
-        tally.sensitivity = (tally.sensitivity or 0.0) + float((error.square_() * weight).sum())
+    if gradient is not None:
+        tally.sensitivity = (tally.sensitivity or 0.0) + _energy(error.mul_(gradient))
 
 
 def _clipped(x: Tensor, dims: tuple[int, ...], f: FP8Format, scale: Tensor, counts: Tensor | None) -> int:

@@ -26,7 +26,7 @@ from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerBlock, PerTensor
 from ..quantization.magnitudes import amax, percentile
 from ..quantization.ops import quantize
-from ..quantization.scaling import _least_error, _rounded_scale, factors_of
+from ..quantization.scaling import _least_error, factors_of, rounded_scale
 from ..quantization.two_levels import Levels
 from .recipes import Rule
 
@@ -261,7 +261,7 @@ def find_scales(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule, f: F
     if rule.power_of_two is None:
         to_scale = partial(torch.ops.altgrad.as_scale, max_value=f.max_representable_value)
     else:
-        to_scale = _rounded_scale(statistic, f, rule.power_of_two, None)
+        to_scale = rounded_scale(statistic, f, rule.power_of_two, None)
     divisor = _scale_of(view, dims, rule, f, statistic, to_scale)
     if rule.power_of_two is not None:  # exact in the values, wherever it is constant
         return Scales(divisor, divisor, None)

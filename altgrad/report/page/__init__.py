@@ -72,7 +72,7 @@ def _data(report: Report, choice: Assignment | None) -> dict[str, object]:
                 "also": layer.also,
                 "octaves": sorted(layer.octaves.items()),
                 "scores": [list(layer.scores[name]) for name in report.candidates],
-                "chosen": chosen.get(module_name(layer.name), {}).get(layer.operand),
+                "chosen": chosen.get(module_name(layer), {}).get(layer.operand),
             }
             for layer in report.layers
         ],
