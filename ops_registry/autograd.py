@@ -34,6 +34,14 @@ def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def differentiated(x: Tensor) -> Tensor:
+    """x for a Function, which Dynamo leaves out with its backward where no tensor is known to require a gradient.
+
+    Of what torch.func differentiates by Dynamo does not know it, but of what is made of that (torch 2.13).
+    """
+    return x.view_as(x) if torch.compiler.is_dynamo_compiling() and transforms_are_active() else x
+
+
 class Rule(NamedTuple):
     """What an operator does to gradients: backward gives those of its first arguments, and all others get None."""
 

@@ -44,9 +44,7 @@ def by_hand(x, c):
     """The scores of a candidate from the functions of altgrad.quantization, on the whole matrix."""
     x = x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)
     scale = compute_scale(x, c.format, granularity=c.granularity, **c.keywords)
-    known = scale[~scale.isnan()].double()
-    spread = (known.amax() / known.amin()).log2().item() if len(known) else math.nan
-    return quantization_stats(x, c.format, scale), spread
+    return quantization_stats(x, c.format, scale), (scale.double().amax() / scale.double().amin()).log2().item()
 
 
 def assert_as_by_hand(report, tensors):
@@ -91,25 +89,29 @@ def test_scores_by_value_are_those_computed_by_hand(tmp_path, monkeypatch):
     assert len(floors) == 9 and min(groups.values()) > 2 * len(tensors)  # several scales a tensor
 
 
-def test_a_last_block_of_one_element_and_scales_of_nan(tmp_path):
-    tensors = {
-        "one": torch.randn(3, 17, generator=torch.Generator().manual_seed(2)),
-        "infinite": torch.tensor([[0.0, 4.0, 1.0, 2.0], [math.inf, 0, 0, 1], [math.nan, 0, 1, 2], [0, 0, 1, -1]]),
-    }
-    torch.save(tensors, tmp_path / "a.pt")
-    report = report_weights(tmp_path / "a.pt", ["NVFP4", "E2M1@5/E4M3", "E4M3", "E4M3@row", "E2M1@2", "E8M0@row"])
-    assert_as_by_hand(report, tensors)
-    assert report.layers[1].scores["E4M3@row"].scale_spread == 2
-
-
-def test_values_of_few_scales(tmp_path, monkeypatch):
-    """Subnormals of bfloat16 have more than one scale; zeros beside an infinity are not flushed."""
-    monkeypatch.setattr(weights_module, "_BY_VALUE", -1)
+def test_blocks_of_subnormals_by_value(tmp_path, monkeypatch):
+    """Each has the scale of its largest element, also where that is below 2^-126."""
     monkeypatch.setattr(weights_module, "_BY_SCALE_AND_VALUE", -1)
-    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
-    tensors = {"subnormal": (x * 2.0**-130).bfloat16(), "infinite": torch.tensor([[math.inf, 0, 0, 1]]).bfloat16()}
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=g).mul(2.0 ** torch.arange(-133.0, -69).view(-1, 1)).bfloat16()
+    x[:, :16] = 0
+    torch.save({"x": x}, tmp_path / "a.pt")
+    names = ["MXFP4", "e2m2b100f@16/floor", "E5M2@32/floor", "E4M3@row/floor"]
+    assert_as_by_hand(report_weights(tmp_path / "a.pt", names), {"x": x})
+
+
+def test_doubles_whose_squares_have_not_their_range(tmp_path):
+    """Large and small ones, in one part and in several, and errors far below the values."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(9, 11, generator=g, dtype=torch.float64)
+    tensors = {str(size): x * size for size in (1e308, 1e160, 1e-160, 1e-308, 1e-320)}
+    tensors |= {"zeros": x * 0, "exact but one": torch.tensor([[1.0, 1.1e-200]], dtype=torch.float64)}
+    tensors["parts"] = torch.rand(3, PART, generator=g, dtype=torch.float64)
+    tensors["parts"] *= torch.tensor([[1e-200], [0.0], [1e200]], dtype=torch.float64)
     torch.save(tensors, tmp_path / "a.pt")
-    assert_as_by_hand(report_weights(tmp_path / "a.pt", ["E0M7@32/floor", "E4M3@32/floor", "E4M3", "E2M1"]), tensors)
+    report = report_weights(tmp_path / "a.pt", ["E4M3", "E5M2@row", "E2M1@4/E4M3", "E8M0"])
+    assert_as_by_hand(report, tensors)
+    assert all(math.isfinite(layer.scores["E4M3"].sqnr) for layer in report.layers if layer.name != "zeros")
 
 
 def test_formats_of_two_bytes_and_without_a_sign(tmp_path):
@@ -131,6 +133,14 @@ def test_what_a_scale_at_the_end_of_its_range_clips(tmp_path):
     assert report.layers[0].scores["e0m7b126f@32/rceil"].clipped > 0
 
 
+def test_blocks_of_one_element_at_the_end_of_a_part(tmp_path):
+    """They were taken for the whole matrix, and got a scale of the tensor of their own."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {"row": torch.randn(1, 17, generator=g), "parts": torch.randn(3, PART + 1, generator=g)}
+    torch.save(tensors, tmp_path / "a.pt")
+    assert_as_by_hand(report_weights(tmp_path / "a.pt", ["NVFP4", "E2M1@2/UE5M3"]), tensors)
+
+
 def test_a_layer_counts_its_values(tmp_path):
     x = torch.tensor([[0.0, 1.0, -1.5, 2.0], [math.nan, math.inf, 0.3, -0.0]])
     torch.save([x], tmp_path / "a.pt")
@@ -138,6 +148,24 @@ def test_a_layer_counts_its_values(tmp_path):
     assert (layer.name, layer.count, layer.zeros, layer.nan, layer.infinite) == ("0", 8, 2, 1, 1)
     assert layer.octaves == {0: 2, 1: 1, -2: 1}
     assert math.isnan(layer.scores["E4M3"].sqnr)  # shown, not hidden
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_scales_of_nan(tmp_path, monkeypatch, by_value):
+    """Zeros that become NaN are not flushed; a scale spread is NaN wherever the scale is, in whichever part."""
+    monkeypatch.setattr(weights_module, "_BY_VALUE", -1 if by_value else math.inf)
+    zeros = [0.0, 0.0, 1.0]
+    tensors = {"infinite": torch.tensor([[math.inf, *zeros]]), "nan": torch.tensor([[*zeros, math.nan], [*zeros, 2.0]])}
+    tensors |= {f"{name}.half": x.half() for name, x in tensors.items()}
+    for row in range(3):
+        tensors[f"part {row}"] = torch.ones(3, PART)
+        tensors[f"part {row}"][row, 5] = math.nan
+    torch.save(tensors, tmp_path / "a.pt")
+    names = ["E4M3", "E4M3@row", "E4M3FNUZ@2", "MXFP4", "NVFP4", "E7M0", "E8M0", "e3m2b3fnu@2/floor"]
+    report = report_weights(tmp_path / "a.pt", names)
+    assert_as_by_hand(report, tensors)
+    assert report.layers[0].scores["E4M3"].flushed == 0
+    assert all(math.isnan(layer.scores["E4M3@row"].scale_spread) for layer in report.layers)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(tmp_path):

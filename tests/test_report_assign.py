@@ -12,7 +12,6 @@ import torch
 from altgrad.report import Layer, Report, Score, assign, candidate, measure, report_weights
 from altgrad.report.assign import cost
 from altgrad.simulation import restore, simulate
-from altgrad.simulation.layers import Simulated
 
 pytest.importorskip("scipy")
 
@@ -117,6 +116,56 @@ def test_layers_with_nan_are_left_out(tmp_path):
     assert choice.left_out == [("a", "1 NaN and 0 infinities in it")]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_layers_with_a_cost_that_is_not_finite_are_left_out(value):
+    report = made_up(3, ["E4M3", "E5M2"], 0, True)
+    scores = report.layers[1].scores
+    scores["E5M2"] = scores["E5M2"]._replace(sensitivity=value)
+    choice = assign(report, 9)
+    assert list(choice.choices) == ["0", "2"]
+    assert choice.left_out == [("1.weight", f"its cost under E5M2 is {value}")]
+
+
+@pytest.mark.parametrize(
+    "make, names",
+    [
+        (lambda: torch.nn.Linear(32, 8), {""}),
+        (lambda: torch.nn.MultiheadAttention(32, 2), {"", "out_proj"}),
+        (lambda: torch.nn.MultiheadAttention(32, 2, kdim=32, vdim=64), {"", "out_proj"}),
+        (lambda: torch.nn.ModuleDict({"a": torch.nn.MultiheadAttention(32, 2, vdim=64)}), {"a", "a.out_proj"}),
+    ],
+    ids=["linear", "attention", "kdim", "inside"],
+)
+def test_names_of_a_checkpoint_are_those_of_the_model(tmp_path, make, names):
+    """A model that is one layer, and an attention whose weights are three: one recipe is theirs."""
+    model = make()
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    report = report_weights(tmp_path / "m.pt", ["E2M1@row", "E4M3@row"])
+    for choice in (assign(report, 6), assign(report, 6, model=model)):
+        assert set(choice.choices) == names
+        weights = [layer for layer in report.layers if layer.is_matrix]
+        bits = sum(layer.count * layer.scores[choice.choices[layer.module]["weight"]].bits for layer in weights)
+        assert choice.bits["weights"] == bits / sum(layer.count for layer in weights) <= 6
+        simulation = simulate(model, json.loads(choice.to_json()))
+        assert {name: state.recipe for name, state in simulation.states.items()} == choice.recipes
+        restore(model)
+
+
+def test_tensors_of_one_layer_share_their_choice(tmp_path):
+    """Whatever they are called; with NaN in one of them nothing is chosen for the others either."""
+    tensors = {"m": torch.randn(8, 32), "m.weight": torch.randn(8, 32), "n": torch.ones(8, 32)}
+    torch.save(tensors, tmp_path / "m.pt")
+    choice = assign(report_weights(tmp_path / "m.pt", ["E2M1@row", "E4M3@row"]), 7)
+    bits = {name: candidate(operands["weight"]).bits(8, 32) for name, operands in choice.choices.items()}
+    assert choice.bits["weights"] == (2 * bits["m"] + bits["n"]) / 3 <= 7
+    tensors["m"][0, 0] = float("nan")
+    torch.save(tensors, tmp_path / "m.pt")
+    choice = assign(report_weights(tmp_path / "m.pt", ["E2M1@row", "E4M3@row"]), 9)
+    beside = "one recipe would serve it and a tensor that is left out"
+    assert list(choice.choices) == ["n"]
+    assert choice.left_out == [("m", "1 NaN and 0 infinities in it"), ("m.weight", beside)]
+
+
 def test_a_trained_network_is_closer_to_itself_than_with_one_format(monkeypatch):
     """Digits at five bits a weight: the outputs on test data diverge least with what is assigned."""
     pytest.importorskip("sklearn")
@@ -154,30 +203,3 @@ def test_a_budget_that_is_met_exactly():
     layers = [Layer(f"{n}.weight", "weight", (c, 32), "float32", c * 32, 0, 0, 0, {}, score) for n, c in counts.items()]
     choice = assign(Report("x", ["MXFP4"], layers, []), 4.25)
     assert {name: operands["weight"] for name, operands in choice.choices.items()} == dict.fromkeys(counts, "MXFP4")
-
-
-def test_layers_of_any_name(tmp_path):
-    """A model that is one layer; an attention whose three weights are three tensors."""
-    model = torch.nn.Linear(64, 8)
-    torch.save(model.state_dict(), tmp_path / "m.pt")
-    choice = assign(report_weights(tmp_path / "m.pt", ["E4M3"]), 9, model=model)
-    assert choice.choices == {"": {"weight": "E4M3"}}
-    simulate(model, choice.recipes)
-    assert isinstance(model, Simulated)
-    restore(model)
-
-    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(16, 2, kdim=8), "weight": model})
-    torch.save(model.state_dict(), tmp_path / "m.pt")
-    choice = assign(report_weights(tmp_path / "m.pt", ["E4M3"]), 9)
-    assert set(choice.choices) == {"attention.out_proj", "weight"}
-    three = [entry.name for entry in choice.left_out if "takes one recipe" in entry.reason]
-    assert three == [f"attention.{x}_proj_weight" for x in "qkv"]
-
-
-def test_costs_that_are_no_numbers():
-    report = made_up(2, ["E4M3", "E5M2"], 0, True)
-    first, second = report.layers
-    first.scores = {name: score._replace(sensitivity=float("nan")) for name, score in first.scores.items()}
-    choice = assign(report, 100)
-    assert [f"{name}.weight" for name in choice.choices] == [second.name]
-    assert choice.left_out == [(first.name, "a score in it is no finite number")]

@@ -347,6 +347,14 @@ def test_percentile_ignores_infinities_above_it_and_shows_nan():
     assert compute_scale(torch.cat([x, torch.tensor([math.nan])]), E4M3, method="percentile", fraction=0.1).isnan()
 
 
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.5, 0.9, 1])
+def test_percentile_between_a_number_and_infinity_is_infinity(fraction):
+    x = torch.tensor([[math.inf, math.inf], [1.0, math.inf], [1.0, 2.0]])
+    options = {"granularity": PerAxis(0), "power_of_two": "floor"}  # by which infinity is not NaN
+    want = compute_scale(x if fraction else x[:, :1], E4M3, **options)
+    assert_same_bits(compute_scale(x, E4M3, method="percentile", fraction=fraction, **options)[:2], want[:2])
+
+
 @pytest.mark.parametrize("value, shown", [(0.0, False), (1e-44, False), (math.inf, True), (math.nan, True)])
 def test_nvfp4_of_special_tensors(value, shown):
     x = torch.full((2, 32), value)

@@ -16,14 +16,18 @@ from torch.utils._pytree import tree_leaves
 from altgrad.quantization import (
     E4M3,
     E5M2,
+    NVFP4,
     DequantizeFunc,
     QuantizeFunc,
+    compute_scale,
     decode,
     dequantize,
     encode,
     quantize,
+    quantize_blocks,
     quantize_gradient,
 )
+from altgrad.simulation import linear
 
 ag = torch.ops.altgrad
 HALF = torch.tensor(0.5)
@@ -150,6 +154,42 @@ def test_compiled_transforms():
         assert_same_bits(torch.compile(f, fullgraph=True)(), want)
 
 
+MULTIPLIED = NVFP4 | {"arithmetic": "transformer_engine"}
+OPERAND = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: quantize_blocks(x, **MULTIPLIED).sum(),
+        lambda x: quantize_gradient(x, E5M2, lambda g: compute_scale(g, E5M2)).square().sum(),
+        lambda w: linear(OPERAND, w, recipe="mxfp8").square().sum(),
+        lambda x: linear(x, OPERAND, recipe="fp8_current").square().sum(),
+    ],
+    ids=["blocks", "gradient", "weight", "input"],
+)
+def test_compiled_gradients_of_an_argument_itself(function):
+    """Dynamo left out the Function of what torch.func differentiates by: gradients were 0, or not rounded."""
+    torch._dynamo.reset()
+    x = torch.randn(32, 64)
+    want = grad(function)(x)
+    assert_same_bits(torch.compile(grad(function), backend="eager", fullgraph=True)(x), want)
+    with pytest.raises(RuntimeError, match="vmap"):  # torch has no rule for it, which deployment.md says
+        torch.compile(vmap(grad(function)), backend="eager")(x[None])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_compiled_tangents_of_multiplied_blocks():
+    """Compiled they were 0; eager has them."""
+    torch._dynamo.reset()
+    x, t = torch.randn(4, 64), torch.randn(4, 64)
+    f = lambda: jvp(lambda x: quantize_blocks(x, **MULTIPLIED), (x,), (t,))[1]  # noqa: E731
+    assert_same_bits(torch.compile(f, backend="eager")(), t)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="forward mode of arithmetic"):
+        torch.compile(f, backend="eager", fullgraph=True)()
+
+
 def test_codes_have_no_gradient_under_transforms():
     codes, tangent = jvp(lambda x: encode(x, E5M2), (torch.randn(4),), (torch.ones(4),))
     assert codes.dtype == torch.uint8 and not tangent.any()
@@ -157,13 +197,13 @@ def test_codes_have_no_gradient_under_transforms():
 
 
 def test_per_sample_gradients_of_a_module():
-    linear, x = torch.nn.Linear(4, 2), torch.randn(6, 4)
+    module, x = torch.nn.Linear(4, 2), torch.randn(6, 4)
 
     def loss(parameters, x):
         quantized = {name: quantize(p, E4M3, 0.25) for name, p in parameters.items()}
-        return functional_call(linear, quantized, (x,)).sum()
+        return functional_call(module, quantized, (x,)).sum()
 
-    got = vmap(grad(loss), (None, 0))(dict(linear.named_parameters()), x)
+    got = vmap(grad(loss), (None, 0))(dict(module.named_parameters()), x)
     assert_same_bits(got["weight"], x[:, None, :].expand(6, 2, 4))
 
 

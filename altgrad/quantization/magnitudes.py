@@ -17,7 +17,8 @@ def amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     """|x| at fraction of its order along dims, which keep the size 1, in the compute dtype; NaN if one is NaN.
 
-    Between two order statistics it interpolates in float64, as numpy's ``quantile`` of a float64 array does.
+    Between two order statistics it interpolates in float64, as numpy's ``quantile`` of a float64 array does. Between a
+    number and infinity it is infinity, where numpy has infinity or NaN by the fraction.
     """
     kept = [dim for dim in range(x.ndim) if dim not in dims]
     x = with_whole_blocks(x, [size if dim in dims else 1 for dim, size in enumerate(x.shape)])
@@ -26,7 +27,8 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
         return amax(x, dims)
     lower, upper, weight, most = order_statistics(rows, fraction)
     result = torch.where(weight < 0.5, lower + (upper - lower) * weight, upper - (upper - lower) * (1 - weight))
-    result = torch.where(weight == 0, lower, result)  # also where the difference is infinite
+    result = torch.where(upper == math.inf, upper, result)  # whose difference or its product may be NaN
+    result = torch.where(weight == 0, lower, result)
     # onnxruntime's TopK and ReduceMax lose NaN.
     has_nan = rows.isnan().any(-1) if torch.onnx.is_in_onnx_export() else most.isnan()
     result = torch.where(has_nan, math.nan, result)

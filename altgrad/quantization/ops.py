@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
-from ops_registry.autograd import RULES, entry
+from ops_registry.autograd import RULES, differentiated, entry
 from ops_registry.checks import check_quantize, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import SEED
@@ -119,7 +119,8 @@ def quantize_gradient(
         check_modes(saturation, rounding)
         bits, name = drawn_bits(x, rounding, random_bits, generator), format_name(format)
         check_quantize(x, _as_tensor(1.0, None, x.device), name, saturation, rounding, bits)
-        return _QuantizeGradient.apply(x, bits, scale, name, saturation, rounding)  # type: ignore[no-untyped-call]
+        args = differentiated(x), bits, scale, name, saturation, rounding
+        return _QuantizeGradient.apply(*args)  # type: ignore[no-untyped-call]
     return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
 
 

@@ -74,11 +74,11 @@ def compute_scale(
         x: float16, bfloat16, float32 or float64, any shape.
         format: as in :func:`quantize`.
         method: ``"amax"``: the largest |x|. ``"percentile"``: that of |x| at fraction, interpolated as numpy's
-            ``quantile`` does in float64. ``"mse"``: the scale with the least squared error of :func:`quantize`, among
-            that of amax and 2^(-1/8), 2^(-2/8) ... 2^-2 times it (with power_of_two 2, 1/2 and 1/4 times).
-            ``"four_over_six"``, for E2M1: of the scales of amax and 1.5 times it, which bring the largest element to 6
-            and to 4, the one with the smaller error. With scale_format the largest scale that amax gives is then a
-            power of two, 256 in E4M3 (arXiv 2512.02010).
+            ``quantile`` does in float64; infinity between a number and infinity. ``"mse"``: the scale with the least
+            squared error of :func:`quantize`, among that of amax and 2^(-1/8), 2^(-2/8) ... 2^-2 times it (with
+            power_of_two 2, 1/2 and 1/4 times). ``"four_over_six"``, for E2M1: of the scales of amax and 1.5 times it,
+            which bring the largest element to 6 and to 4, the one with the smaller error. With scale_format the largest
+            scale that amax gives is then a power of two, 256 in E4M3 (arXiv 2512.02010).
         granularity: :class:`PerTensor`, :class:`PerAxis` or :class:`PerBlock`.
         fraction: for ``"percentile"``, 0 to 1.
         headroom: for ``"amax"`` and ``"percentile"``, the statistic is multiplied by it. 17/16 makes stochastic

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ops_registry.arithmetic import compute_dtype, divide
+from ops_registry.autograd import differentiated
 from ops_registry.scales import block_level
 
 from .formats import FP8Format
@@ -108,8 +110,10 @@ def multiplied(x: Tensor, scale: Tensor) -> Tensor:
 def quantize_multiplied(x: Tensor, format: FP8Format | str, scale: Tensor, **modes: Any) -> Tensor:
     """:func:`quantize` with the product of :func:`multiplied` for the quotient, straight through."""
     q = dequantize(quantize(multiplied(x.detach(), scale), format, **modes), scale).to(x.dtype)
+    if torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0:
+        torch._dynamo.graph_break("forward mode of arithmetic='transformer_engine'")  # the tangent would be that of q
     function = _StraightThrough if torch.compiler.is_compiling() else _WithTangents
-    return function.apply(x, q)  # type: ignore[no-untyped-call]
+    return function.apply(differentiated(x), q)  # type: ignore[no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -17,8 +17,6 @@ from .candidates import candidate
 from .results import Layer, LeftOut, Report, Score
 
 WEIGHTS, ACTIVATIONS = ("weight", "forward.w"), ("forward.x",)
-_OF_LAYERS = ("weight", "in_proj_weight")
-_OF_ATTENTION = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -26,10 +24,10 @@ Loss = Callable[[nn.Module, Any], torch.Tensor]
 class Assignment:
     """What :func:`assign` chose.
 
-    choices: the candidate of each operand, by layer. bits: the average of an element, of weights and where asked of
-    activations. predicted: the loss by the report's sensitivities, None without data. loss: the loss of the model with
-    these recipes, where verified. gap: how far the choice may be from the best one, as a share. left_out: layers that
-    stay in high precision, and why.
+    choices: the candidate of each operand, by layer: one for all weights of it. bits: the average of an element, of
+    weights and where asked of activations. predicted: the loss by the report's sensitivities, None without data. loss:
+    the loss of the model with these recipes, where verified. gap: how far the choice may be from the best one, as a
+    share. left_out: layers that stay in high precision, and why: also those with a cost that is not finite.
     """
 
     choices: dict[str, dict[str, str]]
@@ -94,16 +92,18 @@ def assign(
     choices: dict[str, dict[str, str]] = {}
     bits, left_out, gap, added = {}, [], 0.0, 0.0
     for kind, operands in (("weights", WEIGHTS), ("activations", ACTIVATIONS))[: 1 + activations]:
-        layers, others = _choosable(report, operands, names)
+        groups, others = _choosable(report, operands, names)
         left_out += others
-        if not layers:
+        if not groups:
             raise ValueError(f"the report of {report.source} has no {kind} to choose for")
-        chosen, kind_gap = _solve(layers, budget_bits, kind)
+        chosen, kind_gap = _solve(list(groups.values()), budget_bits, kind)
         gap = max(gap, kind_gap)
-        for layer, name in zip(layers, chosen):
-            choices.setdefault(module_name(layer), {})[layer.operand] = name
-            added += layer.scores[name].sensitivity or 0.0
-        scores = [(layer.count, layer.scores[name]) for layer, name in zip(layers, chosen)]
+        for (module, layers), name in zip(groups.items(), chosen):
+            choices.setdefault(module, {})[layers[0].operand] = name
+        scores = [
+            (layer.count, layer.scores[name]) for layers, name in zip(groups.values(), chosen) for layer in layers
+        ]
+        added += sum(score.sensitivity or 0.0 for _, score in scores)
         bits[kind] = sum(n * score.bits for n, score in scores) / sum(n for n, _ in scores)
     predicted = None if report.loss is None else report.loss + report.samples / 2 * added
     assignment = Assignment(choices, bits, predicted, gap, left_out)
@@ -136,12 +136,6 @@ def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Ite
     return sum(losses) / len(losses)
 
 
-def module_name(layer: Layer) -> str:
-    """The module of a tensor of a checkpoint; other layers of a report have its name."""
-    module, _, parameter = layer.name.rpartition(".")
-    return module if layer.operand == "weight" and parameter in _OF_LAYERS else layer.name
-
-
 def cost(layer: Layer, score: Score) -> float:
     """What a score adds to the loss, in units that layers of one report share."""
     if score.sensitivity is not None:
@@ -149,38 +143,50 @@ def cost(layer: Layer, score: Score) -> float:
     return 0.0 if layer.zeros == layer.count else 10 ** (-score.sqnr / 10)
 
 
-def _choosable(report: Report, operands: tuple[str, ...], names: set[str] | None) -> tuple[list[Layer], list[LeftOut]]:
-    layers, left_out = [], []
+def _choosable(
+    report: Report, operands: tuple[str, ...], names: set[str] | None
+) -> tuple[dict[str, list[Layer]], list[LeftOut]]:
+    """What is chosen for, by module: one recipe serves all that is of it, or nothing."""
+    groups: dict[str, list[Layer]] = {}
+    left_out = []
     for layer in report.layers:
-        if layer.operand not in operands:
-            continue
-        if not layer.is_matrix:
-            reason = "a vector"
-        elif layer.nan or layer.infinite:
-            reason = f"{layer.nan} NaN and {layer.infinite} infinities in it"
-        elif layer.operand == "weight" and layer.name.rpartition(".")[2] in _OF_ATTENTION:
-            reason = "one of three weights of a layer, which takes one recipe"
-        elif names is not None and module_name(layer) not in names:
-            reason = "of no layer that can be simulated"
-        elif not all(math.isfinite(cost(layer, score)) for score in layer.scores.values()):
-            reason = "a score in it is no finite number"
-        else:
-            layers.append(layer)
-            continue
-        left_out.append(LeftOut(layer.name, reason))
-    return layers, left_out
+        if layer.operand in operands:
+            if layer.is_matrix:
+                groups.setdefault(layer.module, []).append(layer)
+            else:
+                left_out.append(LeftOut(layer.name, "a vector"))
+    for module, layers in list(groups.items()):
+        reasons = [_reason(layer, names) for layer in layers]
+        if any(reasons):
+            del groups[module]
+            beside = "one recipe would serve it and a tensor that is left out"
+            left_out += [LeftOut(layer.name, reason or beside) for layer, reason in zip(layers, reasons)]
+    return groups, left_out
 
 
-def _solve(layers: list[Layer], budget_bits: float, kind: str) -> tuple[list[str], float]:
-    """The best candidate of each layer, and the gap: x[layer, candidate] in {0, 1}, one of each layer, within bits."""
+def _reason(layer: Layer, names: set[str] | None) -> str | None:
+    """Why nothing is chosen for a layer."""
+    if layer.nan or layer.infinite:
+        return f"{layer.nan} NaN and {layer.infinite} infinities in it"
+    if names is not None and layer.module not in names:
+        return "of no layer that can be simulated"
+    costs = {name: cost(layer, score) for name, score in layer.scores.items()}
+    return next((f"its cost under {name} is {c}" for name, c in costs.items() if not math.isfinite(c)), None)
+
+
+def _solve(groups: list[list[Layer]], budget_bits: float, kind: str) -> tuple[list[str], float]:
+    """The best candidate of each group, and the gap: x[group, candidate] in {0, 1}, one of each group, within bits."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    names = list(layers[0].scores)
-    n, m, total = len(layers), len(names), sum(layer.count for layer in layers)
-    costs = np.array([[cost(layer, layer.scores[name]) for name in names] for layer in layers])
-    shares = np.array([[layer.count / total * layer.scores[name].bits for name in names] for layer in layers])
+    names = list(groups[0][0].scores)
+    n, m, total = len(groups), len(names), sum(layer.count for layers in groups for layer in layers)
+
+    def table(of: Callable[[Layer, Score], float]) -> Any:
+        return np.array([[sum(of(layer, layer.scores[name]) for layer in g) for name in names] for g in groups])
+
+    costs, shares = table(cost), table(lambda layer, score: layer.count / total * score.bits)
     least = shares.min(1).sum()
     if least > budget_bits * (1 + 1e-12):  # both are sums that may have been rounded
         raise ValueError(

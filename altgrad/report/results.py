@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 
 class Score(NamedTuple):
     """What a candidate does to a tensor.
 
-    sqnr: dB, by sums of squares in float64. clipped, flushed: shares of all elements, beyond the largest value and to
-    zero. used_bits: log2 of the number of codes in use. scale_spread: log2 of the largest scale over the smallest, NaN
-    left out. bits: of storage an element, its share of the scales included. sensitivity: sum of squared gradient times
-    squared error, None without data.
+    sqnr: dB. clipped, flushed: shares of all elements, beyond the largest value and to zero. used_bits: log2 of the
+    number of codes in use. scale_spread: log2 of the largest scale over the smallest. bits: of storage an element, its
+    share of the scales included. sensitivity: sum of squared gradient times squared error, None without data.
     """
 
     sqnr: float
@@ -51,6 +52,12 @@ class Layer:
     def is_matrix(self) -> bool:
         """Whether it is an operand of a product; vectors (biases, gains of norms) are not."""
         return len(self.shape) > 1
+
+    @property
+    def module(self) -> str:
+        """The name of the layer of the model: without that of the weight, which a tensor of a checkpoint has."""
+        module, _, parameter = self.name.rpartition(".")
+        return module if self.operand == "weight" and parameter in _WEIGHTS else self.name
 
 
 class LeftOut(NamedTuple):

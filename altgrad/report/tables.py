@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..quantization.formats import FP8Format
-from .assign import Assignment, module_name
+from .assign import Assignment
 from .number_line import finite_values, text_line
 from .results import Layer, Report, Score
 
@@ -69,7 +69,7 @@ def _of_worst(layers: list[Layer], choice: Assignment, worst: int) -> Table:
         table.add_column(column, justify="right")
     rows = []
     for layer in layers:
-        name = choice.choices.get(module_name(layer), {}).get(layer.operand)
+        name = choice.choices.get(layer.module, {}).get(layer.operand)
         if name is not None:
             rows.append((layer.scores[name].sqnr, layer, name))
     for _, layer, name in sorted(rows, key=lambda row: (math.isnan(row[0]), row[0]))[:worst]:

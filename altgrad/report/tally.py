@@ -39,6 +39,18 @@ def matrix(x: Tensor) -> Tensor:
     return x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)
 
 
+@dataclass(frozen=True)
+class Energy:
+    """A sum of squares, as a number times 4^exponent: squares of float64 have not its range."""
+
+    number: float = 0.0
+    exponent: int = -1000
+
+    def __add__(self, other: "Energy") -> "Energy":
+        exponent = max(self.exponent, other.exponent)
+        return Energy(sum(math.ldexp(e.number, 2 * (e.exponent - exponent)) for e in (self, other)), exponent)
+
+
 @dataclass
 class Signal:
     """What is counted of a matrix itself; exponents counts the values of each octave, from 2^-bias on."""
@@ -47,17 +59,17 @@ class Signal:
     zeros: int = 0
     nan: int = 0
     infinite: int = 0
-    energy: float = 0.0
+    energy: Energy = Energy()
     exponents: Tensor | None = None
     bias: int = 0
 
     def add(self, x: Tensor, counts: Tensor | None = None) -> None:
         """Counts a part of the matrix, or values and how often each is there."""
-        zeros, energy = _total(x == 0, counts), _energy(x.double(), counts)
+        zeros, energy = _total(x == 0, counts), _energy(x.double(), x.dtype, counts)
         self.count += x.numel() if counts is None else int(counts.sum())
         self.zeros += zeros
         self.energy += energy
-        if not math.isfinite(energy):
+        if not math.isfinite(energy.number):
             self.nan += _total(x.isnan(), counts)
             self.infinite += _total(x.isinf(), counts)
         integer, mantissa_bits, self.bias = _FIELDS[x.dtype]
@@ -90,13 +102,14 @@ class Signal:
 class Tally:
     """What is counted of a candidate on a matrix.
 
-    flushed: where no code is zero; else the codes say it, and this is how many zeros became NaN.
+    flushed: where no code is zero, else the codes say it, but for zeros whose scale is NaN. smallest: of the scales, 0
+    where one is NaN.
     """
 
     codes: Tensor
     clipped: int = 0
     flushed: int = 0
-    error: float = 0.0
+    error: Energy = Energy()
     sensitivity: float | None = None
     smallest: float = math.inf
     largest: float = 0.0
@@ -117,15 +130,13 @@ class Tally:
     def score(self, signal: Signal, bits: float) -> Score:
         n = signal.count
         used = int(self.codes.count_nonzero())
-        flushed = self.flushed
-        if self.zero_codes:
-            flushed += int(self.codes[self.zero_codes].sum()) - signal.zeros
+        flushed = self.flushed + (int(self.codes[self.zero_codes].sum()) - signal.zeros if self.zero_codes else 0)
         return Score(
             sqnr=_decibels(signal.energy, self.error),
             clipped=self.clipped / n,
             flushed=flushed / n,
             used_bits=math.log2(used),
-            scale_spread=math.log2(self.largest / self.smallest) if self.smallest <= self.largest else math.nan,
+            scale_spread=math.log2(self.largest / self.smallest) if self.smallest else math.nan,
             bits=bits,
             sensitivity=self.sensitivity,
         )
@@ -156,14 +167,13 @@ def scale_function(largest: Tensor, candidate: Candidate) -> ScaleFunction:
 
 def one_scale(largest: Tensor, candidate: Candidate) -> ScaleFunction:
     """The function that gives the scale of a group with this largest magnitude, whatever it is given."""
-    scale = _to_scale(largest, candidate)(largest_of(largest)).reshape(())
+    scale = _to_scale(largest, candidate)(largest).reshape(())
     return lambda blocks, dims: scale
 
 
 def _to_scale(largest: Tensor, candidate: Candidate) -> Callable[[Tensor], Tensor]:
-    """The function amax of a group -> scale."""
-    f, keywords = candidate.format, candidate.keywords
-    return rounded_scale(largest, f, keywords["power_of_two"], levels_of(f, keywords))
+    f, options = candidate.format, candidate.keywords
+    return rounded_scale(largest, f, options["power_of_two"], levels_of(f, options))
 
 
 def parts(x: Tensor, candidates: list[Candidate], size: int = PART) -> Iterator[Tensor]:
@@ -183,10 +193,11 @@ def value_counts(x: Tensor, granularity: PerTensor | PerAxis | PerBlock) -> dict
     """
     if isinstance(granularity, PerTensor):
         return {math.nan: _histogram(_bits(x), 1 << 16)}
-    # In float64, where those that are subnormal in float32 have exponents of their own.
-    fields = granularity.apply(
-        lambda blocks, dims: amax(blocks, dims).double().view(torch.int64) >> 52, x, compact=True
-    )
+
+    def exponents(blocks: Tensor, dims: tuple[int, ...]) -> Tensor:  # in float64 subnormals of float32 have one too
+        return amax(blocks, dims).double().view(torch.int64) >> 52
+
+    fields = granularity.apply(exponents, x, compact=True)
     found, index = fields.unique(return_inverse=True)
     keys = granularity.apply(lambda blocks, dims, i: (i << 16) | _bits(blocks), x, index.int())
     counts = _histogram(keys, len(found) << 16).view(-1, 1 << 16)
@@ -223,22 +234,20 @@ def add(
         codes = encode(blocks, f, scale)  # torch counts no uint16
         tally.codes += _histogram(codes if f.bits <= 8 else codes.int(), len(tally.codes), counts).cpu()
         tally.clipped += _clipped(blocks, dims, f, scale, counts)
-        known = scale[~scale.isnan()]
-        if known.numel() > 0:
-            least, most = (float(end) for end in torch.aminmax(known))
-            tally.smallest = min(tally.smallest, least)
-            tally.largest = max(tally.largest, most)
-        if known.numel() < scale.numel() and f.has_zero:
-            tally.flushed += _total((blocks == 0) & scale.isnan(), counts)
+        least, most = (float(end) for end in torch.aminmax(scale.nan_to_num(0.0)))
+        tally.smallest = min(tally.smallest, least)
+        tally.largest = max(tally.largest, most)
         y = quantize(blocks, f, scale)
         if not f.has_zero:  # the smallest value times the scale may be
             tally.flushed += _total((y == 0) & (blocks != 0), counts)
+        elif least == 0:
+            tally.flushed += _total((y != 0) & (blocks == 0), counts)
         return y
 
     error = granularity.apply(visit, x).double().sub_(wide)
-    tally.error += _energy(error, counts)
+    tally.error += _energy(error, x.dtype, counts)
     if gradient is not None:
-        tally.sensitivity = (tally.sensitivity or 0.0) + _energy(error.mul_(gradient))
+        tally.sensitivity = (tally.sensitivity or 0.0) + float(error.mul_(gradient).square_().sum())
 
 
 def _clipped(x: Tensor, dims: tuple[int, ...], f: FP8Format, scale: Tensor, counts: Tensor | None) -> int:
@@ -266,13 +275,20 @@ def _histogram(x: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
     return x.flatten().bincount(counts.flatten().double(), minlength=size).long()
 
 
-def _energy(x: Tensor, counts: Tensor | None = None) -> float:
-    flat = x.flatten()
-    return float(flat.dot(flat if counts is None else flat * counts.flatten()))
+def _energy(x: Tensor, dtype: torch.dtype, counts: Tensor | None) -> Energy:
+    """The sum of squares of x, which is float64, made of values of a dtype."""
+    flat, exponent = x.flatten(), 0
+    if dtype == torch.float64:
+        largest = float(largest_of(x))
+        exponent = min(max(math.frexp(largest)[1], -1000), 1000) if largest else -1000
+        flat = flat * 2.0**-exponent
+    return Energy(float(flat.dot(flat if counts is None else flat * counts.flatten())), exponent)
 
 
-def _decibels(signal: float, error: float) -> float:
-    if error == 0:
-        return math.inf if signal > 0 else math.nan
-    ratio = signal / error
-    return -math.inf if ratio == 0 else 10 * math.log10(ratio) if ratio > 0 else math.nan
+def _decibels(signal: Energy, error: Energy) -> float:
+    if error.number == 0:
+        return math.inf if signal.number > 0 else math.nan
+    ratio = signal.number / error.number
+    if not ratio > 0:
+        return -math.inf if ratio == 0 else math.nan
+    return 10 * (math.log10(ratio) + 2 * math.log10(2) * (signal.exponent - error.exponent))

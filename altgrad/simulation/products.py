@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ops_registry.autograd import differentiated
+
 from ..quantization.magnitudes import is_static
 from .operands import (
     Operand,
@@ -39,7 +41,8 @@ class ProductState(NamedTuple):
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, state: ProductState) -> Tensor:
     """``a b^T + bias`` and its gradients by a recipe: a [batch, M, K], b [batch, N, K], or both without batch."""
-    y = _Product.apply(a, b, bias, *state, recipe, torch.is_grad_enabled())[0]  # type: ignore[no-untyped-call]
+    operands = [None if t is None else differentiated(t) for t in (a, b, bias)]
+    y = _Product.apply(*operands, *state, recipe, torch.is_grad_enabled())[0]  # type: ignore[no-untyped-call]
     for record in recorders:
         record(a, b, recipe, y)
     return y

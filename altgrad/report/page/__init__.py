@@ -5,7 +5,7 @@ import math
 from importlib.resources import files
 from pathlib import Path
 
-from ..assign import Assignment, module_name
+from ..assign import Assignment
 from ..candidates import candidate
 from ..results import Report, finite, write_files
 
@@ -72,7 +72,7 @@ def _data(report: Report, choice: Assignment | None) -> dict[str, object]:
                 "also": layer.also,
                 "octaves": sorted(layer.octaves.items()),
                 "scores": [list(layer.scores[name]) for name in report.candidates],
-                "chosen": chosen.get(module_name(layer), {}).get(layer.operand),
+                "chosen": chosen.get(layer.module, {}).get(layer.operand),
             }
             for layer in report.layers
         ],
