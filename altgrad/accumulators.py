@@ -30,7 +30,8 @@ def matmul(
         b_scale: [..., K / n, N], likewise.
 
     Returns:
-        [..., M, N] in float32. Both gradients are products by the same accumulator, of the incoming gradient as it is.
+        [..., M, N] in float32. Both gradients are products by the same accumulator, of the incoming gradient as it is;
+        with scales of blocks by the one without them, of the operands times their scales.
 
     Raises:
         TypeError: other dtypes.

@@ -51,7 +51,8 @@ TRANSLATION_TABLE = {torch.ops.altgrad.quantize.default: _quantize}
 
 ``quantize`` becomes ``QuantizeLinear`` and ``DequantizeLinear`` where the scale is 0-d, ``Div``, ``Cast``, ``Cast`` and
 ``Mul`` for every other scale. Formats: E4M3, E5M2, E4M3FNUZ, E5M2FNUZ and, with ``opset_version=23``, E2M1; any other
-format or rounding, saturation ``"none"``, and float64 raise ``ValueError`` during the export.
+format or rounding, saturation ``"none"``, and float64 raise torch's ``ConversionError`` during the export, with the
+reason. Stochastic rounding stays arithmetic.
 
 The bits are altgrad's but for two cases. ONNX saturates infinities as finite values, so E5M2 with saturation
 ``"propagate"`` gives the largest value for them. E2M1 has no NaN, and ONNX leaves open what NaN becomes.

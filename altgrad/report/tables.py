@@ -120,7 +120,7 @@ def print_format(console: Console, f: FP8Format, values: bool) -> None:
     positive = [value for value in finite_values(f) if value > 0]
     console.print(f"\n{len(finite_values(f))} finite values; how many lie where, linear:")
     console.print(text_line(finite_values(f), width), highlight=False)
-    console.print(f"{-f.max_representable_value if finite_values(f)[0] < 0 else 0:g} to {f.max_representable_value:g}")
+    console.print(f"{finite_values(f)[0]:g} to {f.max_representable_value:g}")
     console.print("\nthe positive ones, by the logarithm:")
     console.print(text_line([math.log2(value) for value in positive], width), highlight=False)
     console.print(f"{positive[0]:g} to {positive[-1]:g}")
