@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.accumulators import ACCUMULATORS, Accumulator, resolve_accumulator
+from ops_registry.checks import check_tensor
 
 __all__ = ["ACCUMULATORS", "Accumulator", "matmul", "resolve_accumulator"]
 
@@ -34,7 +35,7 @@ def matmul(
         with scales of blocks by the one without them, of the operands times their scales.
 
     Raises:
-        TypeError: other dtypes.
+        TypeError: other dtypes, or no tensors.
         ValueError: an unknown accumulator, shapes that do not multiply, values that operands cannot have.
         RuntimeError: tensors on different devices.
 
@@ -46,5 +47,7 @@ def matmul(
         >>> matmul(a, b, "HOPPER_FP8_FAST").item(), (a @ b).item()  # 64 * 64 and 1023 times 1.25
         (5119.0, 5374.75)
     """
+    for operand, tensor in (("a", a), ("b", b)):
+        check_tensor(operand, tensor)
     name = accumulator.name if isinstance(accumulator, Accumulator) else accumulator
     return torch.ops.altgrad.matmul(a, b, name, a_scale, b_scale)

@@ -106,7 +106,7 @@ def check_quantize_operand(
     random_bits: Tensor | None = None,
 ) -> FP8Format:
     """Checks the arguments of quantize_operand, and of quantize_blocks; returns the format."""
-    _check_floating("x", x)
+    check_floating("x", x)
     _check_groups(x, hadamard)
     _check_modes(x, saturation, rounding, random_bits)
     _check_result(dtype, x)
@@ -192,13 +192,13 @@ def check_decode(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype |
 
 def check_dequantize(x: Tensor, scale: Tensor) -> None:
     """Checks the arguments of dequantize."""
-    _check_floating("x", x)
+    check_floating("x", x)
     _check_scale(scale, "x", x)
 
 
 def check_amax(x: Tensor, dims: list[int], hadamard: bool = False) -> None:
     """Checks the arguments of amax."""
-    _check_floating("x", x)
+    check_floating("x", x)
     _check_groups(x, hadamard)
     if not dims or sorted(set(dims)) != sorted(dims) or not 0 <= min(dims) <= max(dims) < x.ndim:
         raise ValueError(f"dims must be different dimensions of x, from 0 to {x.ndim - 1}, got {list(dims)}")
@@ -265,7 +265,7 @@ def _check_block_scale(name: str, scale: Tensor | None, x: Tensor, rule: Accumul
         raise ValueError(f"accumulator {rule.name!r} {needs}, got {name}={None if scale is None else 'a tensor'}")
     if scale is None or rule.scaled is None:
         return
-    _check_floating(name, scale)
+    check_floating(name, scale)
     if scale.device != x.device:
         raise RuntimeError(f"{name} must be on the device of a, {x.device}, got {scale.device}")
     wanted = [*x.shape[:-2], -(-x.shape[-2] // rule.scaled), x.shape[-1]]
@@ -283,14 +283,14 @@ def _check_bytes(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have a dimension, along which codes are packed, got a 0-d tensor")
 
 
-def _check_floating(name: str, x: Tensor) -> None:
+def check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must have a dtype of {_names(FLOAT_DTYPES)}, got {x.dtype}")
     _check_strided(name, x)
 
 
 def _check_scale(scale: Tensor, name: str, x: Tensor) -> None:
-    _check_floating("scale", scale)
+    check_floating("scale", scale)
     if scale.device != x.device and (scale.ndim > 0 or scale.device.type != "cpu"):
         raise RuntimeError(
             f"scale must be on the device of {name}, {x.device}, or a 0-d CPU tensor; "

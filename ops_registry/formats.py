@@ -1,4 +1,4 @@
-"""Small floating-point formats as data: a name and seven fields say everything, every other number is derived from them."""
+"""Small floating-point formats as data: a name and seven fields say everything, all other numbers follow from them."""
 
 import math
 import re

@@ -229,3 +229,17 @@ def test_history_stays_in_float32():
     history = AmaxHistory(E4M3, length=2).half()
     history(torch.tensor(1e6))
     assert history.history.tolist() == [1e6, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_default_dtype_is_not_that_of_the_history(dtype, monkeypatch):
+    """In bfloat16 449 was recorded as 448, in float16 1e6 as infinity, which is not recorded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        history = AmaxHistory(E4M3, length=1)
+    finally:
+        torch.set_default_dtype(before)
+    for amax in (449.0, 1e6):
+        history.record(torch.tensor([amax]))
+        assert_same_bits(history.scale(), torch.tensor(amax) / 448)

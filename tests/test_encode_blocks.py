@@ -175,6 +175,14 @@ def test_bad_input(device):
         torch.vmap(lambda x: ag.encode_blocks(x, *args, []))(x[0])
 
 
+def test_a_scale_of_the_tensor_is_one():
+    blocks = encode_blocks(torch.randn(3, 40), **NVFP4)
+    with pytest.raises(ValueError, match=r"tensor_scale must be 0-d, got the shape \(3,\)"):
+        decode_blocks(blocks._replace(tensor_scale=torch.tensor([1.0, 2.0, 4.0])))
+    with pytest.raises(TypeError, match="tensor_scale must be a tensor"):
+        decode_blocks(blocks._replace(tensor_scale=3.0))
+
+
 def test_no_gradients():
     x = torch.randn(3, 8, requires_grad=True)
     args = None, "E2M1", *NEAREST, [1, 4]

@@ -11,6 +11,7 @@ from conftest import assert_same_bits
 from products_of import KINDS, make
 from torch.func import grad, jvp, vmap
 
+from altgrad.accumulators import matmul
 from altgrad.quantization import quantize, resolve
 from ops_registry import aten, cpu
 from ops_registry.accumulators import ACCUMULATORS, NAMED_ACCUMULATORS, resolve_accumulator
@@ -371,6 +372,8 @@ def test_bad_tensors():
         ag.matmul(a, b, "BLACKWELL_MXFP8", torch.ones(4, 1), torch.full((1, 4), 3.0))
     with pytest.raises(ValueError, match="'HOPPER_FP8' takes no scales, got a_scale=a tensor"):
         ag.matmul(a, b, "HOPPER_FP8", torch.ones(4, 1), torch.ones(1, 4))
+    with pytest.raises(TypeError, match="b must be a tensor, got list"):
+        matmul(a, [1.0], "HOPPER_FP8")
     with pytest.raises(TypeError, match="accumulator must be a string, got 3"):
         resolve_accumulator(3)
 

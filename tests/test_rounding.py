@@ -4,6 +4,7 @@ The deterministic modes and stochastic rounding with given bits are compared wit
 """
 
 import math
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -15,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from altgrad.quantization import (
     E4M3,
     E5M2,
+    PerBlock,
     compute_scale,
     decode,
     dequantize,
     encode,
     quantize,
+    quantize_blocks,
     quantize_gradient,
     resolve,
 )
@@ -76,6 +79,24 @@ def test_draws_are_reproducible(function, device):
     third = draw(generator=generator)
     assert torch.equal(torch.get_rng_state(), state)
     assert_same_bits(draw(generator=generator.manual_seed(5)), third)
+
+
+def test_what_is_refused_draws_nothing():
+    x, state, stochastic = torch.ones(2, 4), torch.get_rng_state(), {"rounding": "stochastic"}
+    for call in (
+        lambda: quantize(x.int(), E5M2, **stochastic),
+        lambda: quantize(x, "E9M9", **stochastic),
+        lambda: encode(x, E5M2, torch.ones(3), **stochastic),
+        lambda: quantize(x, E5M2, saturation="all", **stochastic),
+        lambda: quantize_blocks(x, E5M2, granularity=PerBlock((2, 2, 2)), **stochastic),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fraction_as_scale():
+    assert_same_bits(quantize(torch.tensor(1.1), E5M2, Fraction(1, 2)), quantize(torch.tensor(1.1), E5M2, 0.5))
 
 
 @pytest.mark.compiles

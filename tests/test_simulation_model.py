@@ -164,6 +164,21 @@ def test_disabled_is_float():
     assert torch.equal(model(TOKENS), simulated)
 
 
+def test_disabled_is_of_a_context_alone():
+    """A copy made within it is simulated, and of two that overlap, as in threads, neither ends the other."""
+    model = net()
+    simulate(model, "mxfp4")
+    simulated = model(TOKENS)
+    first, second = disabled(model), disabled(model)
+    with first:
+        for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(made(TOKENS), simulated)
+        second.__enter__()
+    assert not torch.equal(model(TOKENS), simulated)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(TOKENS), simulated)
+
+
 def test_forward_only():
     model = net()
     simulate(model, "nvfp4", forward_only=True)
@@ -188,6 +203,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe):
     for target, state in zip((other, optimizer, resumed), saved):
         target.load_state_dict(state)
     assert train(other, resumed, 2, optimizer) == want
+    with pytest.raises(ValueError, match="does not fit"):
+        simulation.load_state_dict({name: state | {"step": "x"} for name, state in simulation.state_dict().items()})
     with pytest.raises(ValueError, match="does not fit"):
         simulate(net(), "mxfp8", skip=["head"]).load_state_dict(saved[2])
 

@@ -459,6 +459,7 @@ IMAGE = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
         (lambda x, w: linear(x, w, w[0]), ValueError, r"bias must be \[4\], as weight has features out, got \(8,\)"),
         (lambda x, w: linear([1.0], w), TypeError, r"x must be a tensor, got list \[1.0\]"),
         (lambda x, w: linear(x, None), TypeError, "weight must be a tensor, got NoneType None"),
+        (lambda x, w: attention(x, [1.0], x), TypeError, r"key must be a tensor, got list \[1.0\]"),
         (lambda x, w: linear(x, w[:, 1:]), ValueError, "must share K"),
         (lambda x, w: linear(x, w.double()), TypeError, "one floating-point dtype.*float32, torch.float64"),
         (lambda x, w: linear(x.int(), w.int()), TypeError, "one floating-point dtype"),

@@ -120,3 +120,18 @@ def test_squares_beyond_the_range_of_float64(power):
 
 def test_nan_is_no_subnormal():
     assert quantization_stats(torch.tensor([torch.nan, 0.3]), "E0M7").subnormal == 0.5
+
+
+def test_used_bits_under_another_default_dtype():
+    x, before = torch.arange(257.0), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert quantization_stats(x, "FP16").used_bits == math.log2(257)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_bit_stall_of_what_is_not_floating_point():
+    for w in (torch.ones(3).to(torch.float8_e4m3fn), torch.ones(3, dtype=torch.int32)):
+        with pytest.raises(TypeError, match="w must have a dtype of"):
+            bit_stall(w, torch.ones(3), 0.1, E4M3)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
+from ops_registry.checks import check_tensor
 
 from .formats import E8M0, FP8Format, resolve
 from .granularity import PerAxis, PerBlock, PerTensor, check_granularity
@@ -101,8 +102,9 @@ def encode_blocks(
     scaler(x, f, **options)  # checks them
     check_granularity(granularity)
     check_modes(saturation, rounding)
+    operands = in_one_pass(x, f, granularity, options)
     bits = drawn_bits(x, rounding, random_bits, generator)
-    if (operands := in_one_pass(x, f, granularity, options)) is not None:
+    if operands is not None:
         tensor_scale, *others = operands
         if bits is None:
             codes, scale = torch.ops.altgrad.encode_blocks(x, tensor_scale, f.name, saturation, rounding, *others)
@@ -148,6 +150,10 @@ def decode_blocks(blocks: Blocks, *, dtype: torch.dtype | None = None) -> Tensor
     """
     if not isinstance(blocks, Blocks):
         raise TypeError(f"blocks must be what encode_blocks gives, got {type(blocks).__name__} {blocks!r:.80}")
+    if blocks.tensor_scale is not None:
+        check_tensor("tensor_scale", blocks.tensor_scale)
+        if blocks.tensor_scale.ndim:
+            raise ValueError(f"tensor_scale must be 0-d, got the shape {tuple(blocks.tensor_scale.shape)}")
     codes = unpack(blocks.codes, resolve(blocks.format).bits, blocks.n)
     scale, dtype = blocks.float_scales(), dtype or blocks.dtype
     return decode(codes, blocks.format, scale, granularity=blocks.granularity, dtype=dtype)

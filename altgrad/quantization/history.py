@@ -83,8 +83,8 @@ class AmaxHistory(torch.nn.Module):
         self.factor = 2.0**margin
         self.reduce = reduce
         self.process_group = process_group
-        self.register_buffer("history", torch.zeros(length))
-        self._used = torch.ones(())  # the scale of the last call outside a backward pass
+        self.register_buffer("history", torch.zeros(length, dtype=torch.float32))
+        self._used = torch.ones((), dtype=torch.float32)  # the scale of the last call outside a backward pass
         self._is_of_forward = False  # whether there was one, so that what is called inside one is a recomputation
 
     def scale(self) -> Tensor:

@@ -381,6 +381,8 @@ def _project(
     check_tensor("x", x)
     check_modes(saturation, rounding)
     scale = _as_tensor(scale, x.dtype, x.device)
+    if rounding == "stochastic" and random_bits is None:  # what is refused draws nothing
+        check_quantize(x, scale, format_name(format), saturation)
     random_bits = drawn_bits(x, rounding, random_bits, generator)
     if random_bits is None:
         return _OPERATORS[name](x, scale, format_name(format), saturation, rounding)
@@ -457,7 +459,7 @@ def _as_tensor(scale: Tensor | float, dtype: torch.dtype | None, device: torch.d
             f"got {scale!r}"
         )
     if not torch.compiler.is_compiling():
-        return torch.full((), scale, dtype=dtype, device="cpu")  # there it costs a GPU no launch
+        return torch.full((), float(scale), dtype=dtype, device="cpu")  # there it costs a GPU no launch
     if torch.compiler.is_exporting():
         return torch.full((), scale, dtype=dtype, device=device)
     # A constant of the kernel on x's device. torch.full would compile the function again for every number.

@@ -154,8 +154,9 @@ def quantize_blocks(
     scale_of = scaler(x, format, **options)
     check_granularity(granularity)
     check_modes(saturation, rounding)
+    operands = in_one_pass(x, format, granularity, options)
     bits = drawn_bits(x, rounding, random_bits, generator)
-    if (operands := in_one_pass(x, format, granularity, options)) is not None:
+    if operands is not None:
         tensor_scale, *others = operands
         if bits is None:
             return _quantize_blocks(x, tensor_scale, format_name(format), saturation, rounding, *others)

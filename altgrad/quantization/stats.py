@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import divide
-from ops_registry.checks import FLOAT_DTYPES, broadcasts_to, check_number, check_tensor
+from ops_registry.checks import FLOAT_DTYPES, broadcasts_to, check_floating, check_number, check_tensor
 from ops_registry.sharding import largest_over_parts, whole
 
 from .formats import FP8Format, resolve
@@ -109,7 +109,7 @@ def quantization_stats(x: Tensor, format: FP8Format | str, scale: Tensor | float
     magnitude = codes.int() & (f.sign_code - 1)  # torch compares no uint16
 
     def used(codes: Tensor) -> Tensor:
-        is_used = torch.zeros(2**f.bits, device=codes.device)
+        is_used = torch.zeros(2**f.bits, dtype=torch.float32, device=codes.device)
         return is_used.index_fill(0, codes.flatten().long(), 1.0)
 
     def share(condition: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
         format, scale: as in :func:`quantize`.
 
     Returns:
-        A 0-d float64 tensor, from 0 to 1.
+        A 0-d float64 tensor, from 0 to 1; NaN of no weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`quantize`.
@@ -149,6 +149,7 @@ def bit_stall(w: Tensor, g: Tensor, lr: Tensor | float, format: FP8Format | str,
     """
     for name, tensor in (("w", w), ("g", g)):
         check_tensor(name, tensor)
+        check_floating(name, tensor)
     if w.shape != g.shape:
         raise ValueError(f"w and g must have one shape, got {tuple(w.shape)} and {tuple(g.shape)}")
     if not isinstance(lr, Tensor):

@@ -16,8 +16,9 @@ class Score(NamedTuple):
     """What a candidate does to a tensor.
 
     sqnr: dB. clipped, flushed: shares of all elements, beyond the largest value and to zero. used_bits: log2 of the
-    number of codes in use. scale_spread: log2 of the largest scale over the smallest. bits: of storage an element, its
-    share of the scales included. sensitivity: sum of squared gradient times squared error, None without data.
+    number of codes in use. scale_spread: log2 of the largest scale over the smallest, NaN where one is NaN. bits: of
+    storage an element, its share of the scales included. sensitivity: sum of squared gradient times squared error, None
+    without data.
     """
 
     sqnr: float

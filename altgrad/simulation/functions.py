@@ -179,6 +179,8 @@ def attention(
         >>> attention(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), is_causal=True).shape
         torch.Size([1, 2, 4])
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
     if is_causal and attn_mask is not None:
         raise ValueError("give attn_mask or is_causal, not both")
     if attn_mask is not None:

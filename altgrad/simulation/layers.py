@@ -140,7 +140,7 @@ def _derive(base: Any) -> type:
     first = [*signature(base.forward).parameters][1:2]  # each class has its own name for the input
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.simulation.enabled:
+        if self.simulation.disabling:
             return base.forward(self, *args, **kwargs)
         args = *(kwargs.pop(name) for name in first if name in kwargs), *args
         return kind.forward(self, *args, **kwargs)

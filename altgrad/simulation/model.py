@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..quantization.granularity import is_integer
 from .layers import (
     WITHOUT_FORM,
     Kind,
@@ -100,13 +101,15 @@ class Simulation:
         """Takes up what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: if the simulated layers or their buffers are others; nothing is loaded then.
+            ValueError: if the simulated layers or their buffers are others, or a seed or step is no integer; nothing is
+                loaded then.
         """
         states = self.states
         for name in states.keys() | state_dict.keys():
             ours = {} if name not in states else dict(states[name].named_buffers())
             theirs = state_dict.get(name, {})
             is_one = name in states and ours.keys() | {"seed", "step"} == theirs.keys()
+            is_one = is_one and is_integer(theirs["seed"]) and is_integer(theirs["step"])
             if not is_one or any(theirs[key].shape != buffer.shape for key, buffer in ours.items()):
                 raise ValueError(f"the state of {name!r} does not fit: is the model simulated by the same recipes?")
         for name, state in states.items():
@@ -233,14 +236,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
         tensor([[True]])
     """
     states = Simulation(model).states.values()
-    before = [state.enabled for state in states]
     for state in states:
-        state.enabled = False
+        state.disabling += 1
     try:
         yield
     finally:
-        for state, enabled in zip(states, before):
-            state.enabled = enabled
+        for state in states:
+            state.disabling -= 1
 
 
 def _close_fast_paths(model: nn.Module) -> None:

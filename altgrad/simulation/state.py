@@ -60,7 +60,7 @@ class SimulationState(nn.Module):
         super().__init__()
         self.recipe, self.name, self.seed, self.products = as_recipe(recipe), name, seed, products
         self.step = 0
-        self.enabled = True
+        self.disabling = 0  # how many contexts are
         self.reset(device)
 
     def reset(self, device: torch.device | str | None = None) -> None:
@@ -107,7 +107,11 @@ class SimulationState(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return self.recipe.name + ("" if self.enabled else ", disabled")
+        return self.recipe.name + (", disabled" if self.disabling else "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of no context that this is in."""
+        return self.__dict__ | {"disabling": 0}
 
 
 def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup | None" = None) -> None:
