@@ -32,7 +32,8 @@ def matmul(
 
     Returns:
         [..., M, N] in float32. Both gradients are products by the same accumulator, of the incoming gradient as it is;
-        with scales of blocks by the one without them, of the operands times their scales.
+        with scales of blocks by the one without them, of the other operand times its scales in float32, and then times
+        the scales of its own: infinite where one of these is beyond float32, as 2 times a scale of 2^127 is.
 
     Raises:
         TypeError: other dtypes, or no tensors.

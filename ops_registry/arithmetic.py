@@ -16,6 +16,15 @@ def code_dtype(format: FP8Format) -> torch.dtype:
     return torch.uint8 if format.code_bytes == 1 else torch.uint16
 
 
+def constant(value: float, like: Tensor) -> Tensor:
+    """A number, 0-d, of the dtype and the device of like.
+
+    What new_full makes of a tensor that vmap batches is batched too, and of 0-d tensors torch takes the first example
+    where they meet others, also of an empty batch (torch 2.13).
+    """
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
 def divide(x: Tensor, scale: Tensor, rounding: str | None = None) -> Tensor:
     """x / scale in the compute dtype, correctly rounded, or as good as that for the rounding to come.
 

@@ -37,7 +37,8 @@ def _factor(name: str, x: Tensor, accumulator: Accumulator, side: int, scale: Te
     x = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
     values = x.to(torch.float32 if accumulator.is_narrow else torch.float64)
     if f is not None and not (f.name == "BF16" and x.dtype == torch.bfloat16):
-        _check_values(name, values, f, accumulator.name)
+        hint = "; other formats of operands are named behind it, as in 'HOPPER_FP8(E5M2,any)'"
+        _check_values(name, values, f, accumulator.name, hint)
     exponents = exponents_of(values, -126 if f is None else f.min_exponent)
     if scale is not None:
         assert accumulator.scaled is not None and accumulator.scale_format is not None
@@ -65,7 +66,7 @@ def exponents_of(values: Tensor, least: int) -> Tensor:
     return torch.where(counts, biased.clamp(min=least), NOT_COUNTED)
 
 
-def _check_values(name: str, values: Tensor, f: FP8Format, accumulator: str) -> None:
+def _check_values(name: str, values: Tensor, f: FP8Format, accumulator: str, hint: str = "") -> None:
     """Every finite element is a value of the format. On a GPU this waits for it, but not while a graph is captured."""
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -73,10 +74,7 @@ def _check_values(name: str, values: Tensor, f: FP8Format, accumulator: str) -> 
     off_grid = (torch.ops.altgrad.quantize(values, unit, f.name, "finite") != values) & values.isfinite()
     if off_grid.any():
         example = values[off_grid][0].item()
-        raise ValueError(
-            f"{name} must hold values of {f.name} for accumulator {accumulator!r}, got {example!r}; "
-            "other formats of operands are named behind it, as in 'HOPPER_FP8(E5M2,any)'"
-        )
+        raise ValueError(f"{name} must hold values of {f.name} for accumulator {accumulator!r}, got {example!r}{hint}")
 
 
 def power_of_two(exponents: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arithmetic import divide
+from .arithmetic import constant, divide
 from .formats import FP8Format
 
 # Of the dtype of an amax: integers of its width, its mantissa bits, its bias, and the bits of 2^-127, E8M0's smallest.
@@ -30,7 +30,7 @@ def as_power_of_two(amax: Tensor, format: FP8Format, rule: str) -> Tensor:
     integers, mantissa_bits, bias, smallest = _LAYOUTS[amax.dtype]
     a, exponent = amax, math.frexp(format.max_representable_value)[1] - 1
     if rule == "rceil":
-        a, exponent = divide(amax, amax.new_full((), format.max_representable_value)), 0
+        a, exponent = divide(amax, constant(format.max_representable_value, amax)), 0
     while exponent < 1:  # so that all subnormals of a, where an exponent says nothing, mean 2^-127
         step = min(1 - exponent, 127)
         a, exponent = a * 2.0**step, exponent + step
@@ -49,8 +49,7 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
 
 def block_level(amax: Tensor, format: FP8Format, scale_format: FP8Format, tensor_scale: Tensor) -> Tensor:
     """The scale of a group in the scale format, which tensor_scale multiplies: not below the smallest normal value."""
-    scale = divide(amax, amax.new_full((), format.max_representable_value))
+    scale = divide(amax, constant(format.max_representable_value, amax))
     smallest = scale_format.smallest_normal or scale_format.smallest_subnormal  # below it the rounding would clip
-    one = torch.ones((), dtype=scale.dtype, device=scale.device)
-    level: Tensor = torch.ops.altgrad.quantize(divide(scale, tensor_scale), one, scale_format.name)
+    level: Tensor = torch.ops.altgrad.quantize(divide(scale, tensor_scale), constant(1.0, scale), scale_format.name)
     return level.clamp(min=smallest)

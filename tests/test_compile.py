@@ -13,6 +13,7 @@ from altgrad.quantization import (
     E5M2,
     MXFP4,
     NVFP4,
+    QuantizeFunc,
     compute_scale,
     decode,
     dequantize,
@@ -33,6 +34,16 @@ EDGES = [pytest.param(f, marks=() if f in USUAL else pytest.mark.slow) for f in 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dynamo_refuses_the_function(requires_grad):
+    """As its docstring says; quantize is compiled."""
+    x, scale = torch.randn(5, requires_grad=requires_grad), torch.tensor(0.5)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(QuantizeFunc.apply, fullgraph=True, backend="eager")(x, E5M2, scale)
+    assert_same_bits(torch.compile(quantize, fullgraph=True, backend="eager")(x, E5M2, scale), quantize(x, E5M2, scale))
 
 
 @pytest.mark.parametrize("f", EDGES, ids=lambda f: f.name)

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from altgrad.simulation import RECIPES, attention, disabled, linear, simulate
+from altgrad.simulation import RECIPES, Product, Recipe, Rule, attention, disabled, linear, simulate
 from ops_registry.cpu import backend
 
 SEVERAL = ["fp8_current", "fp8_delayed", "mxfp8", "nvfp4"]
@@ -108,6 +108,31 @@ def test_one_graph_for_all_blocks(recipe):
 def test_compiled_with_checkpoints_is_eager(recipe):
     compiles = lambda model: model.compile(fullgraph=True, backend="aot_eager")  # noqa: E731
     assert_same(run(recipe, compiles, reentrant=False), run(recipe))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiles)])
+@pytest.mark.parametrize("hadamard", [0, 16])
+def test_backward_passes_after_all_forward_passes(backend, hadamard):
+    """Each records beside the others, with a transform the amax of x and of weights too; the largest is not last."""
+    e4m3, e5m2 = Rule("E4M3", history=4), Rule("E5M2", history=4)
+    products = (e4m3, e4m3), Product(e5m2, e4m3, hadamard=hadamard), Product(e5m2, e4m3, hadamard=hadamard)
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(32, 16, bias=False), nn.Linear(16, 24, bias=False))
+        simulation = simulate(layers, Recipe("delayed", *products))
+        if compiles:
+            layers.compile(fullgraph=True, backend=backend)
+        seen = []
+        for _ in range(2):
+            inputs = [(size * torch.randn(8, 32)).requires_grad_() for size in (1, 3, 0.5)]
+            for y in [layers(x) for x in inputs]:
+                y.square().sum().backward()
+            seen += [x.grad for x in inputs]
+            seen += [buffer.clone() for state in simulation.states.values() for buffer in state.buffers()]
+            simulation.step()
+        results.append([*seen, *(layer.weight.grad for layer in layers)])
+    assert_same(*results)
 
 
 @pytest.mark.compiles

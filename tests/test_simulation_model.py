@@ -15,6 +15,7 @@ from torch import nn
 
 from altgrad.simulation import (
     RECIPES,
+    ProductState,
     Recipe,
     Rule,
     Simulation,
@@ -233,10 +234,10 @@ def test_the_state_of_a_layer():
     state = SimulationState("nvfp4", "a", products=2)
     assert torch.equal(state.draw()[:1], draws[0]) and len(torch.cat([*draws, state.draw()[1:]]).unique()) == 24
     assert torch.equal(state.seeds, state.draw())
-    assert SimulationState("mxfp8").of() == (None, None, None)
+    assert SimulationState("mxfp8").of() == ProductState()
     delayed = SimulationState("fp8_delayed").to(torch.bfloat16)
     assert {buffer.dtype for buffer in delayed.buffers()} == {torch.float32} and not delayed.state_dict()
-    assert delayed.of(records=False).amax is None
+    assert delayed.of(records=False)[2:4] == (None, None)
 
 
 def test_delayed_scaling_by_hand():
@@ -351,6 +352,38 @@ def test_meta_device():
     for each in (model, want):
         each(TOKENS).sum().backward()
     assert_same_bits(model.blocks[0].up.weight.grad, want.blocks[0].up.weight.grad)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8_delayed"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_weights_assigned_to_the_meta_device(recipe, compiles):
+    """The state stayed there."""
+    want = nn.Linear(32, 16)
+    layer = nn.Linear(32, 16, device="meta")
+    simulations = [simulate(each, recipe) for each in (layer, want)]
+    layer.load_state_dict(copy.deepcopy(want.state_dict()), assign=True)
+    if compiles:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 32)
+    for each, simulation in zip((layer, want), simulations):
+        for _ in range(2):
+            each(x).square().sum().backward()
+            simulation.step()
+    assert_same_bits(layer.weight.grad, want.weight.grad)
+    for buffer, other in zip(layer.simulation.buffers(), want.simulation.buffers(), strict=True):
+        assert torch.equal(buffer, other)
+
+
+def test_functional_call_of_a_model_on_the_meta_device():
+    x, weights = torch.randn(8, 32), {"weight": torch.randn(16, 32), "bias": torch.zeros(16)}
+    layers = nn.Linear(32, 16, device="meta"), nn.Linear(32, 16)
+    for layer in layers:
+        simulate(layer, "nvfp4")
+    gradient = torch.func.grad(lambda w, layer: torch.func.functional_call(layer, w, (x,)).square().sum())
+    got, want = (gradient(weights, layer)["weight"] for layer in layers)
+    assert_same_bits(got, want)
+    assert torch.equal(layers[0].simulation.seeds, layers[1].simulation.seeds)
+    assert not torch._C._functorch.is_gradtrackingtensor(layers[0].simulation.seeds)
 
 
 def compare_attention(make, *args, **kwargs):

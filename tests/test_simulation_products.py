@@ -112,7 +112,7 @@ def test_sixteen_bits_are_the_definition_rounded_once(recipe, dtype, device):
         dy = (dy * 0.01).half()  # so that nothing overflows
     state = state_for(recipe)
     moved = [t.to(device) for t in (x, w, bias, dy)]
-    got = run(*moved, recipe, ProductState(*(None if t is None else t.to(device) for t in state)))
+    got = run(*moved, recipe, ProductState(*(None if t is None else t.to(device) for t in state[:2])))
     for name, (value, _) in defined(x, w, bias, dy, recipe, state).items():
         want = torch.from_numpy(value).to(dtype)
         same = (got[name].cpu().reshape(want.shape) == want).float().mean().item()
@@ -459,7 +459,11 @@ IMAGE = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
         (lambda x, w: linear(x, w, w[0]), ValueError, r"bias must be \[4\], as weight has features out, got \(8,\)"),
         (lambda x, w: linear([1.0], w), TypeError, r"x must be a tensor, got list \[1.0\]"),
         (lambda x, w: linear(x, None), TypeError, "weight must be a tensor, got NoneType None"),
-        (lambda x, w: attention(x, [1.0], x), TypeError, r"key must be a tensor, got list \[1.0\]"),
+        (lambda x, w: matmul(x, 3), TypeError, "b must be a tensor, got int 3"),
+        (lambda x, w: matmul(x, x.double()), TypeError, "a, b must have one .* got torch.float32, torch.float64"),
+        (lambda x, w: attention(x, 3, x), TypeError, "key must be a tensor, got int 3"),
+        (lambda x, w: attention(x, x, x.half()), TypeError, "query, key, value must have one floating-point dtype"),
+        (lambda x, w: attention(x, x, x, attn_mask=3), TypeError, "attn_mask must be a tensor, got int 3"),
         (lambda x, w: linear(x, w[:, 1:]), ValueError, "must share K"),
         (lambda x, w: linear(x, w.double()), TypeError, "one floating-point dtype.*float32, torch.float64"),
         (lambda x, w: linear(x.int(), w.int()), TypeError, "one floating-point dtype"),

@@ -18,6 +18,9 @@ from altgrad.quantization import (
     E5M2,
     NVFP4,
     DequantizeFunc,
+    PerAxis,
+    PerBlock,
+    PerTensor,
     QuantizeFunc,
     compute_scale,
     decode,
@@ -90,6 +93,28 @@ def test_vmap_of_an_empty_batch(name):
         batched = vmap(f, dim)(*(t.new_empty(0, *t.shape).movedim(0, dim) for t in tensors))
         for got, example in zip(tree_leaves(batched), tree_leaves(f(*tensors)), strict=True):
             assert (got.shape, got.dtype) == ((0, *example.shape), example.dtype)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerBlock(16)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "percentile"},
+        {"method": "four_over_six", "scale_format": "E4M3"},
+        {"scale_format": "E4M3"},
+        {"scale_format": "UE4M3", "tensor_scale": False},
+        {"scale_format": "UE4M3", "arithmetic": "transformer_engine"},
+        {"scale_format": "UE4M3", "arithmetic": "transformer_engine", "method": "percentile"},
+        {"power_of_two": "rceil"},
+    ],
+    ids=str,
+)
+def test_scales_of_an_empty_batch(granularity, options):
+    """torch takes the first example of batched 0-d tensors, where they meet others."""
+    for f in (compute_scale, quantize_blocks):
+        of_one = functools.partial(f, format="E2M1", granularity=granularity, **options)
+        batched, example = vmap(of_one)(torch.empty(0, 4, 32)), of_one(torch.randn(4, 32))
+        assert (batched.shape, batched.dtype) == ((0, *example.shape), example.dtype)
 
 
 def test_nested_vmap():

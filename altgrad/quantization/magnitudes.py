@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ops_registry.arithmetic import compute_dtype
+from ops_registry.arithmetic import compute_dtype, constant
 from ops_registry.sharding import with_whole_blocks
 
 
@@ -22,7 +22,7 @@ def percentile(x: Tensor, dims: tuple[int, ...], fraction: float) -> Tensor:
     """
     kept = [dim for dim in range(x.ndim) if dim not in dims]
     x = with_whole_blocks(x, [size if dim in dims else 1 for dim, size in enumerate(x.shape)])
-    rows = x.permute(*kept, *dims).flatten(len(kept))
+    rows = x.permute(*kept, *dims).flatten(len(kept)).unsqueeze(0)  # numbers of one row are not 0-d
     if is_static(rows.shape[-1]) and rows.shape[-1] == 0:
         return amax(x, dims)
     lower, upper, weight, most = order_statistics(rows, fraction)
@@ -50,7 +50,7 @@ def order_statistics(rows: Tensor, fraction: float) -> tuple[Tensor, Tensor, Ten
     low = top.topk(min(2, count), largest=False).values.double()
     weight = position - math.floor(position)
     # What is filled comes to ONNX by way of float32.
-    filled = torch.tensor(weight, dtype=low.dtype) if torch.onnx.is_in_onnx_export() else low.new_full((), weight)
+    filled = torch.tensor(weight, dtype=low.dtype) if torch.onnx.is_in_onnx_export() else constant(weight, low)
     return low[..., 0], low[..., -1], filled, top.amax(-1)
 
 

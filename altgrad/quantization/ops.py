@@ -273,7 +273,9 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 class QuantizeFunc(torch.autograd.Function):
     """:func:`quantize` as a Function: ``QuantizeFunc.apply(x, format, scale)``.
 
-    For code that composes Functions, with their forward-mode and batching rules.
+    For code that composes Functions, with their forward-mode and batching rules. In code for
+    ``torch.compile(fullgraph=True)`` call :func:`quantize`: Dynamo refuses a Function with a forward-mode rule where x
+    requires a gradient, and one whose defaults are left out where it does not.
 
     Example:
         >>> import torch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ops_registry.arithmetic import compute_dtype, divide
+from ops_registry.arithmetic import compute_dtype, constant, divide
 from ops_registry.autograd import differentiated
 from ops_registry.scales import block_level
 
@@ -57,15 +57,14 @@ class Levels(NamedTuple):
 
     def tensor_scale(self, x: Tensor) -> Tensor | None:
         """The scale of the whole tensor x, 0-d."""
-        return self._tensor_scale(self._largest(x)) if self.has_tensor_scale else None
+        return self._tensor_scale(self._largest(x)).reshape(()) if self.has_tensor_scale else None
 
     def scaler(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The function statistic -> scale for groups of x; headroom is part of the statistics."""
         f, g = self.format, self.scale_format
 
         def alone(statistic: Tensor) -> Tensor:
-            one = statistic.new_ones(())
-            return torch.where(statistic == math.inf, math.nan, block_level(statistic, f, g, one))
+            return torch.where(statistic == math.inf, math.nan, block_level(statistic, f, g, constant(1.0, statistic)))
 
         if not self.has_tensor_scale:
             return alone
@@ -73,7 +72,7 @@ class Levels(NamedTuple):
         tensor_scale = self._tensor_scale(largest)
         if self.arithmetic == "exact":
             return lambda statistic: block_level(statistic, f, g, tensor_scale) * tensor_scale
-        multiplier = self._multiplier(largest) * reciprocal(largest.new_full((), f.max_representable_value))
+        multiplier = self._multiplier(largest) * reciprocal(constant(f.max_representable_value, largest))
         return lambda statistic: quantize(statistic * multiplier, g, saturation="finite") * tensor_scale
 
     def _largest(self, x: Tensor) -> Tensor:
@@ -88,18 +87,18 @@ class Levels(NamedTuple):
 
     def _tensor_scale(self, largest: Tensor) -> Tensor:
         if self.arithmetic == "exact":
-            return torch.ops.altgrad.as_scale(largest, self.top).reshape(())
-        return torch.where(largest.isfinite(), reciprocal(self._multiplier(largest)), math.nan).reshape(())
+            return torch.ops.altgrad.as_scale(largest, self.top)
+        return torch.where(largest.isfinite(), reciprocal(self._multiplier(largest)), math.nan)
 
     def _multiplier(self, largest: Tensor) -> Tensor:
         """TransformerEngine's global encode scale: what x is multiplied by for the scale of the tensor."""
-        multiplier = divide(largest.new_full((), self.top), largest).clamp(max=torch.finfo(largest.dtype).max)
+        multiplier = divide(constant(self.top, largest), largest).clamp(max=torch.finfo(largest.dtype).max)
         return multiplier.masked_fill((largest == 0) | ~largest.isfinite(), 1.0)
 
 
 def reciprocal(scale: Tensor) -> Tensor:
     """1 / scale, at most the largest number: also of 0."""
-    return divide(scale.new_ones(()), scale).clamp(max=torch.finfo(scale.dtype).max)
+    return divide(constant(1.0, scale), scale).clamp(max=torch.finfo(scale.dtype).max)
 
 
 def multiplied(x: Tensor, scale: Tensor) -> Tensor:

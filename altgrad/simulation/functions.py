@@ -6,6 +6,7 @@ state is given; delayed scaling needs a state.
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def linear(
         >>> linear(torch.tensor([[1.1, 300.0]]), torch.tensor([[1.0, 0.0]]), recipe="mxfp4")
         tensor([[0.]])
     """
-    x, weight, bias = _cast(x, weight, bias)
+    x, weight, bias = _cast(x=x, weight=weight, bias=bias)
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x [..., K] and weight [N, K] must share K, got {tuple(x.shape)} and {tuple(weight.shape)}")
     _check_bias(bias, weight, "features out")
@@ -73,7 +74,7 @@ def matmul(a: Tensor, b: Tensor, recipe: Recipe | str = "mxfp8", *, state: Produ
         >>> matmul(torch.tensor([[1.1, 6.0]]), torch.tensor([[1.0], [0.5]]), "mxfp4")
         tensor([[4.]])
     """
-    a, b, _ = _cast(a, b, None)
+    a, b = _cast(a=a, b=b)
     if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
         raise ValueError(f"a [..., M, K] and b [..., K, N] must share K, got {tuple(a.shape)} and {tuple(b.shape)}")
     if a.ndim == 1:
@@ -121,7 +122,7 @@ def conv(
         >>> conv(torch.ones(1, 1, 3), torch.ones(1, 1, 3), recipe="nvfp4", padding=1)
         tensor([[[2., 3., 2.]]])
     """
-    x, weight, bias = _cast(x, weight, bias)
+    x, weight, bias = _cast(x=x, weight=weight, bias=bias)
     sizes = weight.shape[2:]
     d = len(sizes)
     is_image = 1 <= d <= 3 and x.ndim in (d + 1, d + 2)
@@ -179,8 +180,7 @@ def attention(
         >>> attention(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), is_causal=True).shape
         torch.Size([1, 2, 4])
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
+    query, key, value = _cast(query=query, key=key, value=value)
     if is_causal and attn_mask is not None:
         raise ValueError("give attn_mask or is_causal, not both")
     if attn_mask is not None:
@@ -203,6 +203,7 @@ def attention(
 
 
 def check_mask(name: str, mask: Tensor) -> None:
+    check_tensor(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be boolean or floating point, got {mask.dtype}")
 
@@ -227,18 +228,19 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe | str, st
     return product(a, b, bias, recipe, state)
 
 
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors as autocast wants them; checks that they have one floating-point dtype."""
-    for name, tensor in (("x", x), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
+def _cast(**arguments: Any) -> list[Any]:
+    """The tensors as autocast wants them; checks that they have one floating-point dtype. A bias may be None."""
+    tensors = {name: t for name, t in arguments.items() if name != "bias" or t is not None}
+    for name, tensor in tensors.items():
         check_tensor(name, tensor)
+    x, *others = tensors.values()
     device = x.device.type
     if is_autocast(device) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if not x.is_floating_point() or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        dtypes = ", ".join(str(t.dtype) for t in (x, weight, bias) if t is not None)
-        raise TypeError(f"x, weight and bias must have one floating-point dtype, got {dtypes}")
-    return x, weight, bias
+        return [None if t is None else t.to(torch.get_autocast_dtype(device)) for t in arguments.values()]
+    if not x.is_floating_point() or any(t.dtype != x.dtype for t in others):
+        dtypes = ", ".join(str(t.dtype) for t in tensors.values())
+        raise TypeError(f"{', '.join(tensors)} must have one floating-point dtype, got {dtypes}")
+    return list(arguments.values())
 
 
 def _check_bias(bias: Tensor | None, weight: Tensor, outputs: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -118,6 +119,10 @@ class Simulated:
         self.simulation._apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        self.simulation.leave_meta(device_of(self))  # which assign=True changes
+
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, simulation={self.simulation.extra_repr()}".removeprefix(", ")
@@ -142,6 +147,8 @@ def _derive(base: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.simulation.disabling:
             return base.forward(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.simulation.leave_meta(device_of(self))  # functional_call has weights of its own
         args = *(kwargs.pop(name) for name in first if name in kwargs), *args
         return kind.forward(self, *args, **kwargs)
 
@@ -166,6 +173,10 @@ def switch(layer: nn.Module, state: SimulationState) -> None:
 def switch_back(layer: Any) -> None:
     del layer.__dict__["simulation"]
     layer.__class__ = original_class(type(layer))
+
+
+def device_of(layer: Any) -> torch.device:
+    return next(layer.parameters()).device
 
 
 def shape_of(layer: nn.Module, kind: Kind) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from .layers import (
     WITHOUT_FORM,
     Kind,
     Simulated,
+    device_of,
     kind_of,
     original_class,
     shape_of,
@@ -175,13 +176,12 @@ def simulate(
         if "forward" in vars(layer):
             raise ValueError(f"{name or 'the model'} has a forward of its own, which would be called instead")
         simulated_class(type(layer))
-        device = next(layer.parameters()).device
         states[name] = SimulationState(
             chosen_recipe.forward_only() if forward_only else chosen_recipe,
             name,
             seed=seed,
             products=kind.products(layer, attention),
-            device=device,
+            device=device_of(layer),
         )
     for name, state in states.items():
         switch(layers[name][0], state)

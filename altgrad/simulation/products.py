@@ -28,15 +28,18 @@ class ProductState(NamedTuple):
     """What a product and its gradients need from outside, an element for each of a recipe's six rules.
 
     seeds: int64, of stochastic rounding. scales: of delayed scaling. amax: the largest magnitudes of this step, for
-    delayed scaling; written to where it is given.
+    delayed scaling; written to by the forward pass where it is given. backward_amax: the same for the backward pass, of
+    all products of a layer; number: which of them this one is.
     """
 
     seeds: Tensor | None = None
     scales: Tensor | None = None
     amax: Tensor | None = None
+    backward_amax: Tensor | None = None
+    number: int = 0
 
     def of(self, rule: int) -> State:
-        return State(*(None if t is None else t[rule] for t in self))
+        return State(*(None if t is None else t[rule] for t in self[:3]))
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, state: ProductState) -> Tensor:
@@ -59,6 +62,8 @@ class _Product(torch.autograd.Function):
         seeds: Tensor | None,
         scales: Tensor | None,
         amax: Tensor | None,
+        backward_amax: Tensor | None,
+        number: int,
         recipe: Recipe,
         has_backward: bool,
     ) -> tuple[Tensor, ...]:
@@ -78,7 +83,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        a, b, bias, seeds, scales, ctx.amax, ctx.recipe, _ = inputs  # amax: written later, so it cannot be saved
+        # What the backward pass writes is no view and not written by the forward pass: compiled code would write a copy
+        # of what was there then. It is an attribute and not saved: other backward passes may write to it before.
+        a, b, bias, seeds, scales, _, ctx.amax, ctx.number, ctx.recipe, _ = inputs
         ctx.has_origin = len(output) > 1 and not torch.compiler.is_compiling()
         ctx.mark_non_differentiable(*output[1 : len(output) - ctx.has_origin])
         ctx.set_materialize_grads(False)
@@ -90,7 +97,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 8
+            return (None,) * 10
         with torch.no_grad():
             gradients = gradients_of(ctx, grad, *ctx.saved_tensors)
         if (
@@ -99,7 +106,7 @@ class _Product(torch.autograd.Function):
             saved = ctx.saved_tensors
             origins = [t for t in (grad, *saved[:2], *saved[len(saved) - ctx.has_origin :]) if t is not None]
             gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
-        return *gradients, *(None,) * 5
+        return *gradients, *(None,) * 7
 
 
 class _Final(torch.autograd.Function):
@@ -131,7 +138,7 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """The gradients of a, b and bias."""
     recipe: Recipe = ctx.recipe
-    state = ProductState(seeds, scales, ctx.amax)
+    state = ProductState(seeds, scales, None if ctx.amax is None else ctx.amax[ctx.number])
     outputs = iter(kept)
     of_forward = recipe.accumulators[0]
     left = read_operand(recipe.forward.left, outputs, of_forward, grad.dtype) if keeps_left(recipe) else None

@@ -46,6 +46,7 @@ class SimulationState(nn.Module):
     seeds: Tensor | None
     scales: Tensor | None
     amax: Tensor | None
+    backward_amax: Tensor | None
     history: Tensor | None
 
     def __init__(
@@ -66,13 +67,14 @@ class SimulationState(nn.Module):
     def reset(self, device: torch.device | str | None = None) -> None:
         """Makes the buffers: no amax seen, the seeds of this step."""
         shape = (self.products, len(self.recipe.rules))
-        buffers: dict[str, Tensor | None] = dict.fromkeys(("seeds", "scales", "amax", "history"))
+        buffers: dict[str, Tensor | None] = dict.fromkeys(("seeds", "scales", "amax", "backward_amax", "history"))
         if self.recipe.is_stochastic:
             buffers["seeds"] = self.draw().to(device)
         if self.recipe.history:
             options: dict[str, Any] = {"dtype": torch.float32, "device": device}
             buffers["scales"] = torch.ones(shape, **options)
             buffers["amax"] = torch.zeros(shape, **options)
+            buffers["backward_amax"] = torch.zeros(shape, **options)
             buffers["history"] = torch.zeros(*shape, self.recipe.history, **options)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
@@ -93,15 +95,20 @@ class SimulationState(nn.Module):
         def row(buffer: Tensor | None) -> Tensor | None:
             return None if buffer is None else buffer[product]
 
-        return ProductState(row(self.seeds), row(self.scales), row(self.amax) if records else None)
+        recorded = (row(self.amax), self.backward_amax) if records else (None, None)
+        return ProductState(row(self.seeds), row(self.scales), *recorded, product)
+
+    def leave_meta(self, device: torch.device) -> None:
+        """Makes the buffers where the weights came to lie: off the meta device nothing can be copied."""
+        if device.type != "meta" and any(buffer.is_meta for buffer in self.buffers()):
+            with torch._C._DisableFuncTorch():  # they outlive a transform
+                self.reset(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follows a model to another device, but to no other dtype; off the meta device nothing can be copied."""
+        """Follows a model to another device, but to no other dtype."""
         for buffer in self.buffers():
             device = fn(torch.empty(0, device=buffer.device)).device
-            if buffer.is_meta and device.type != "meta":
-                self.reset(device)
-                break
+            self.leave_meta(device)
             super()._apply(lambda t: t.to(device), recurse)  # type: ignore[no-untyped-call]  # noqa: B023
             break
         return self
@@ -156,8 +163,9 @@ def _write(name: str, states: list[SimulationState], values: Tensor) -> None:
 
 def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | None") -> None:
     """Puts the amax of this step first in the histories, drops the oldest and finds the scales."""
-    names = "amax", "history", "scales"
-    amax, history, before = (torch.cat([getattr(state, name) for state in states]) for name in names)
+    names = "amax", "backward_amax", "history", "scales"
+    amax, of_backward, history, before = (torch.cat([getattr(state, name) for state in states]) for name in names)
+    amax = torch.maximum(amax, of_backward)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
     amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
@@ -169,7 +177,8 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
     limits = torch.finfo(torch.float32)
     scales = divide(largest * reach[..., 1], reach[..., 0]).clamp(limits.smallest_normal, limits.max)
     scales = torch.where(largest == 0, before, scales)
-    for name, value in (("history", history), ("scales", scales), ("amax", torch.zeros_like(amax))):
+    none = torch.zeros_like(amax)
+    for name, value in (("history", history), ("scales", scales), ("amax", none), ("backward_amax", none)):
         _write(name, states, value)
 
 
