@@ -105,7 +105,10 @@ def test_vmap_of_an_empty_batch(name):
         {"scale_format": "UE4M3", "tensor_scale": False},
         {"scale_format": "UE4M3", "arithmetic": "transformer_engine"},
         {"scale_format": "UE4M3", "arithmetic": "transformer_engine", "method": "percentile"},
-        {"power_of_two": "rceil"},
+        pytest.param(
+            {"power_of_two": "rceil"},
+            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 batches no view as bits"),
+        ),
     ],
     ids=str,
 )

@@ -147,7 +147,7 @@ def _derive(base: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.simulation.disabling:
             return base.forward(self, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.simulation.is_on_meta:
             self.simulation.leave_meta(device_of(self))  # functional_call has weights of its own
         args = *(kwargs.pop(name) for name in first if name in kwargs), *args
         return kind.forward(self, *args, **kwargs)

@@ -98,9 +98,14 @@ class SimulationState(nn.Module):
         recorded = (row(self.amax), self.backward_amax) if records else (None, None)
         return ProductState(row(self.seeds), row(self.scales), *recorded, product)
 
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether there are buffers without values."""
+        return any(buffer is not None and buffer.is_meta for buffer in self._buffers.values())
+
     def leave_meta(self, device: torch.device) -> None:
         """Makes the buffers where the weights came to lie: off the meta device nothing can be copied."""
-        if device.type != "meta" and any(buffer.is_meta for buffer in self.buffers()):
+        if device.type != "meta" and self.is_on_meta:
             with torch._C._DisableFuncTorch():  # they outlive a transform
                 self.reset(device)
 
