@@ -86,6 +86,11 @@ class Accumulator:
     formats: tuple[FP8Format | None, FP8Format | None] = (None, None)
 
     def __post_init__(self) -> None:
+        if _fields_of(self.name) != tuple(getattr(self, f.name) for f in fields(self)[1:]):
+            raise ValueError(
+                f"fields of accumulator {self.name!r} must be those of its name: give other ones by a spelling"
+            )
+
         def check(name: str, value: int, least: int, most: int) -> None:
             if not least <= value <= most:
                 raise ValueError(f"{name} of accumulator {self.name!r} must be {least} to {most}, got {value}")
@@ -108,10 +113,6 @@ class Accumulator:
             raise ValueError(
                 f"formats of accumulator {self.name!r} must be such that {self.scaled} products with one scale sum to "
                 f"{_BITS_OF_FLOAT64} bits or less, got {names}, which take {bits}"
-            )
-        if _fields_of(self.name) != tuple(getattr(self, f.name) for f in fields(self)[1:]):
-            raise ValueError(
-                f"fields of accumulator {self.name!r} must be those of its name: give other ones by a spelling"
             )
 
     def _bits_of_block(self) -> int:
@@ -182,13 +183,13 @@ def resolve_accumulator(accumulator: str) -> Accumulator:
         >>> resolve_accumulator("HOPPER_FP8").promotion, resolve_accumulator("e5m10n").group
         (128, 1)
     """
-    if not isinstance(accumulator, str):
-        raise TypeError(f"accumulator must be a string, got {accumulator!r}")
     return Accumulator(accumulator, *_fields_of(accumulator))
 
 
 def _fields_of(name: str) -> tuple[Any, ...]:
     """What a name or a spelling says, in the order of Accumulator's fields."""
+    if not isinstance(name, str):
+        raise TypeError(f"accumulator must be a string, got {name!r}")
     match = _SPELLING.fullmatch(name)
     rule, formats = (match[1], match.groups()[1:]) if match else ("", (None, None))
     if rule.upper() in NAMED_ACCUMULATORS:
@@ -210,7 +211,7 @@ def _fields_of(name: str) -> tuple[Any, ...]:
         int(promotion) if promotion else None,
         int(scaled) if scaled else None,
         kind == "x",
-        tuple(None if format is None or format.lower() == "any" else resolve(format) for format in formats),
+        tuple(None if word is None or word.lower() == "any" else resolve(word) for word in formats),
     )
 
 

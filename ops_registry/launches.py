@@ -172,7 +172,7 @@ def served(
     tensors = OPERATORS[name].tensors
     types = [str(argument.type) for argument in getattr(torch.ops.altgrad, name).default._schema.arguments]
     block = types.index("List[int]") if "List[int]" in types else None  # no key for a dictionary
-    second, third = (place if place < tensors else 0 for place in range(1, INPUTS))
+    second, third = (place if place < tensors else 0 for place in range(1, INPUTS))  # where, x standing for what is not
     kinds: dict[tuple[Any, ...], int] = {}
 
     def options_of(args: tuple[Any, ...]) -> tuple[Any, ...]:

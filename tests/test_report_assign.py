@@ -74,6 +74,14 @@ def test_budget_out_of_reach():
         assign(made_up(3, ["E4M3"], 0, False), 9, verify=True)
 
 
+def test_noise_beyond_float64():
+    report = made_up(2, ["E4M3", "E5M2"], 0, False)
+    first, second = report.layers
+    first.scores = {name: score._replace(sqnr=-4000.0) for name, score in first.scores.items()}
+    choice = assign(report, 100)
+    assert choice.left_out == [(first.name, "its cost under E4M3 is inf")] and list(choice.choices) == [second.module]
+
+
 def test_arguments_are_checked():
     report = made_up(3, ["E4M3"], 0, False)
     for budget in (float("nan"), 0, -1.0):

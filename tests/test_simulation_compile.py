@@ -110,6 +110,18 @@ def test_compiled_with_checkpoints_is_eager(recipe):
     assert_same(run(recipe, compiles, reentrant=False), run(recipe))
 
 
+def test_compiled_autograd_refuses_delayed_scaling():
+    """A backward pass that writes to what the forward pass does not is more than it takes (torch 2.13); docs say so."""
+    layer = nn.Linear(32, 16)
+    simulate(layer, "fp8_delayed")
+
+    def step(x):
+        layer(x).square().sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True), pytest.raises(IndexError):
+        torch.compile(step, backend="aot_eager")(torch.randn(8, 32))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiles)])
 @pytest.mark.parametrize("hadamard", [0, 16])
 def test_backward_passes_after_all_forward_passes(backend, hadamard):

@@ -1,5 +1,6 @@
 """A model switched by one call: what changes, what stays, what is refused, and how it goes on from a file."""
 
+import contextlib
 import copy
 import io
 import json
@@ -12,6 +13,9 @@ import pytest
 import torch
 from conftest import assert_same_bits
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 
 from altgrad.simulation import (
     RECIPES,
@@ -163,6 +167,44 @@ def test_disabled_is_float():
     with pytest.raises(KeyError), disabled(model):
         raise KeyError
     assert torch.equal(model(TOKENS), simulated)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_a_state_that_leaves_the_meta_device_is_usual_tensors(mode):
+    layer = nn.Linear(32, 16, device="meta")
+    simulation = simulate(layer, "nvfp4")
+    weights = {"weight": torch.randn(16, 32), "bias": torch.zeros(16)}
+    with mode(), contextlib.suppress(AssertionError):  # a fake tensor is mixed with no other
+        functional_call(layer, weights, (torch.randn(8, 32),))
+    simulation.step()
+    assert type(layer.simulation.seeds) is torch.Tensor and not layer.simulation.seeds.is_inference()
+
+
+def test_states_on_the_meta_device():
+    """Weights may come under another default device; a state that came before them would have been lost."""
+    trained = nn.Linear(32, 16)
+    state = simulate(trained, "fp8_delayed").state_dict()
+    with torch.device("meta"):
+        layer = nn.Linear(32, 16)
+        simulation = simulate(layer, "fp8_delayed")
+        with pytest.raises(ValueError, match="is on the meta device: load the weights of the model first"):
+            simulation.load_state_dict(state)
+        layer.load_state_dict(trained.state_dict(), assign=True)
+    simulation.load_state_dict(state)
+    assert layer.simulation.history.device.type == "cpu"
+    del layer.weight, layer.bias
+    layer.load_state_dict({})  # a layer without parameters
+
+
+def test_disabled_compiles_once():
+    layer, compiled = nn.Linear(32, 16), CompileCounter()
+    simulate(layer, "mxfp4")
+    layer.compile(backend=compiled)
+    with disabled(layer):
+        layer(torch.randn(4, 32))
+        with disabled(layer):
+            layer(torch.randn(4, 32))
+    assert compiled.frame_count == 1
 
 
 def test_disabled_is_of_a_context_alone():

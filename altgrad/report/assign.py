@@ -140,7 +140,9 @@ def cost(layer: Layer, score: Score) -> float:
     """What a score adds to the loss, in units that layers of one report share."""
     if score.sensitivity is not None:
         return score.sensitivity
-    return 0.0 if layer.zeros == layer.count else 10 ** (-score.sqnr / 10)
+    if layer.zeros == layer.count:
+        return 0.0
+    return math.inf if score.sqnr < -3000 else 10 ** (-score.sqnr / 10)  # beyond float64
 
 
 def _choosable(

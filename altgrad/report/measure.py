@@ -122,8 +122,8 @@ class _Operand:
             x, gradient = x.flatten(0, -2), None if gradient is None else gradient.flatten(0, -2)
         largest = largest_of(x)
         functions = [scale_function(largest, c) for c in chosen]
-        stack, of_stack = (None if t is None else t.reshape(-1, *x.shape[-2:]) for t in (x, gradient))
-        assert stack is not None
+        stack = x.reshape(-1, *x.shape[-2:])
+        of_stack = None if gradient is None else gradient.reshape(stack.shape)
         for index, matrix in enumerate(stack):
             gradients = None if of_stack is None else parts(of_stack[index], chosen)
             for part in parts(matrix, chosen):

@@ -121,7 +121,8 @@ class Simulated:
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)  # type: ignore[misc]
-        self.simulation.leave_meta(device_of(self))  # which assign=True changes
+        if self.simulation.is_on_meta:
+            self.simulation.leave_meta(device_of(self))  # which assign=True changes
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
@@ -145,7 +146,7 @@ def _derive(base: Any) -> type:
     first = [*signature(base.forward).parameters][1:2]  # each class has its own name for the input
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.simulation.disabling:
+        if not self.simulation.enabled:
             return base.forward(self, *args, **kwargs)
         if not torch.compiler.is_compiling() and self.simulation.is_on_meta:
             self.simulation.leave_meta(device_of(self))  # functional_call has weights of its own

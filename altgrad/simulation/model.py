@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from numbers import Integral
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -102,14 +103,16 @@ class Simulation:
         """Takes up what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: if the simulated layers or their buffers are others, or a seed or step is no integer; nothing is
-                loaded then.
+            ValueError: if the simulated layers or their buffers are others or on the meta device, a seed or step is no
+                integer; nothing is loaded then.
         """
         states = self.states
         for name in states.keys() | state_dict.keys():
             ours = {} if name not in states else dict(states[name].named_buffers())
             theirs = state_dict.get(name, {})
             is_one = name in states and ours.keys() | {"seed", "step"} == theirs.keys()
+            if name in states and states[name].is_on_meta:
+                raise ValueError(f"the state of {name!r} is on the meta device: load the weights of the model first")
             is_one = is_one and is_integer(theirs["seed"]) and is_integer(theirs["step"])
             if not is_one or any(theirs[key].shape != buffer.shape for key, buffer in ours.items()):
                 raise ValueError(f"the state of {name!r} does not fit: is the model simulated by the same recipes?")
@@ -236,13 +239,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
         tensor([[True]])
     """
     states = Simulation(model).states.values()
-    for state in states:
-        state.disabling += 1
+    _disable(states, 1)
     try:
         yield
     finally:
+        _disable(states, -1)
+
+
+_contexts = Lock()  # of several threads
+
+
+def _disable(states: Iterable[SimulationState], contexts: int) -> None:
+    """Compiled code reads, and is made again for, whether there is one and not how many there are."""
+    with _contexts:
         for state in states:
-            state.disabling -= 1
+            state.disabling_contexts += contexts
+            state.enabled = state.disabling_contexts == 0
 
 
 def _close_fast_paths(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ops_registry.arithmetic import divide
 
@@ -61,7 +62,8 @@ class SimulationState(nn.Module):
         super().__init__()
         self.recipe, self.name, self.seed, self.products = as_recipe(recipe), name, seed, products
         self.step = 0
-        self.disabling = 0  # how many contexts are
+        self.enabled = True
+        self.disabling_contexts = 0
         self.reset(device)
 
     def reset(self, device: torch.device | str | None = None) -> None:
@@ -87,7 +89,8 @@ class SimulationState(nn.Module):
             for rule in range(len(self.recipe.rules))
         )
         digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
-        return torch.tensor([int.from_bytes(digest) >> 1 for digest in digests]).view(self.products, -1)
+        seeds = [int.from_bytes(digest) >> 1 for digest in digests]
+        return torch.tensor(seeds, device="cpu").view(self.products, -1)
 
     def of(self, product: int = 0, *, records: bool = True) -> ProductState:
         """What a product needs; with records, delayed scaling records its amax: in training, not in an evaluation."""
@@ -106,7 +109,8 @@ class SimulationState(nn.Module):
     def leave_meta(self, device: torch.device) -> None:
         """Makes the buffers where the weights came to lie: off the meta device nothing can be copied."""
         if device.type != "meta" and self.is_on_meta:
-            with torch._C._DisableFuncTorch():  # they outlive a transform
+            # They outlive a transform, inference mode and fake tensors.
+            with torch._C._DisableFuncTorch(), torch.inference_mode(False), unset_fake_temporarily():
                 self.reset(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -119,11 +123,11 @@ class SimulationState(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return self.recipe.name + (", disabled" if self.disabling else "")
+        return self.recipe.name + ("" if self.enabled else ", disabled")
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of no context that this is in."""
-        return self.__dict__ | {"disabling": 0}
+        """A deep copy, or what is pickled, is of no context that this is in."""
+        return self.__dict__ | {"enabled": True, "disabling_contexts": 0}
 
 
 def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup | None" = None) -> None:
