@@ -202,7 +202,7 @@ def test_compiled_gradients_of_an_argument_itself(function):
     x = torch.randn(32, 64)
     want = grad(function)(x)
     assert_same_bits(torch.compile(grad(function), backend="eager", fullgraph=True)(x), want)
-    with pytest.raises(RuntimeError, match="vmap"):  # torch has no rule for it, which deployment.md says
+    with pytest.raises(RuntimeError, match="vmap"):  # torch has no rule for it, as operators.md says
         torch.compile(vmap(grad(function)), backend="eager")(x[None])
 
 
