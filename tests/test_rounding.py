@@ -88,6 +88,7 @@ def test_what_is_refused_draws_nothing():
         lambda: quantize(x, "E9M9", **stochastic),
         lambda: encode(x, E5M2, torch.ones(3), **stochastic),
         lambda: quantize(x, E5M2, saturation="all", **stochastic),
+        lambda: quantize_gradient(x, "E9M9", lambda grad: grad.abs().amax(), **stochastic),
         lambda: quantize_blocks(x, E5M2, granularity=PerBlock((2, 2, 2)), **stochastic),
     ):
         with pytest.raises((TypeError, ValueError)):

@@ -117,8 +117,9 @@ def quantize_gradient(
     if callable(scale) and not isinstance(scale, Tensor):
         check_tensor("x", x)
         check_modes(saturation, rounding)
-        bits, name = drawn_bits(x, rounding, random_bits, generator), format_name(format)
-        check_quantize(x, _as_tensor(1.0, None, x.device), name, saturation, rounding, bits)
+        unit, name = _as_tensor(1.0, None, x.device), format_name(format)
+        bits = _checked_bits(x, unit, name, saturation, rounding, random_bits, generator)
+        check_quantize(x, unit, name, saturation, rounding, bits)
         args = differentiated(x), bits, scale, name, saturation, rounding
         return _QuantizeGradient.apply(*args)  # type: ignore[no-untyped-call]
     return _project("quantize_gradient", x, format, scale, saturation, rounding, random_bits, generator)
@@ -382,13 +383,26 @@ def _project(
     """Calls an operator that projects x, or its stochastic twin."""
     check_tensor("x", x)
     check_modes(saturation, rounding)
-    scale = _as_tensor(scale, x.dtype, x.device)
-    if rounding == "stochastic" and random_bits is None:  # what is refused draws nothing
-        check_quantize(x, scale, format_name(format), saturation)
-    random_bits = drawn_bits(x, rounding, random_bits, generator)
+    scale, word = _as_tensor(scale, x.dtype, x.device), format_name(format)
+    random_bits = _checked_bits(x, scale, word, saturation, rounding, random_bits, generator)
     if random_bits is None:
-        return _OPERATORS[name](x, scale, format_name(format), saturation, rounding)
-    return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, format_name(format), saturation)
+        return _OPERATORS[name](x, scale, word, saturation, rounding)
+    return _OPERATORS[f"{name}_stochastic"](x, scale, random_bits, word, saturation)
+
+
+def _checked_bits(
+    x: Tensor,
+    scale: Tensor,
+    format: str,
+    saturation: str,
+    rounding: str,
+    random_bits: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """:func:`drawn_bits`, but that a call which is refused draws nothing."""
+    if rounding == "stochastic" and random_bits is None:
+        check_quantize(x, scale, format, saturation)
+    return drawn_bits(x, rounding, random_bits, generator)
 
 
 def _by_blocks(
