@@ -28,7 +28,7 @@ def _quantize(
 ) -> Any:
     f = resolve(format)
     if f.spelling not in ONNX_TYPES:
-        names = ", ".join(resolve(spelling).spelling for spelling in ONNX_TYPES)
+        names = ", ".join(ONNX_TYPES)
         raise ValueError(f"ONNX has no type for {f.name}, only for {names}; export without the translation table")
     # onnxruntime 1.31 misplaces the overflow of casts that do not saturate, so "none" is refused as well.
     if rounding != "nearest_ties_to_even" or saturation == "none" or x.dtype == ir.DataType.DOUBLE:

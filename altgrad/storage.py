@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ops_registry.checks import FLOAT_DTYPES
 
 from .quantization import BlockFormat, Blocks, PerAxis, PerBlock, PerTensor, decode_blocks, encode_blocks
+from .quantization.granularity import Granularity
 
 __all__ = ["load", "save"]
 
@@ -83,9 +84,8 @@ def save(
                 raise ValueError(f"{first} and {name} are tied, and their formats differ: give both the same")
             index[name] = first
             continue
-        stored = value
-        if (block_format := chosen.get(name)) is not None:
-            stored = encode_blocks(state[name].detach(), **block_format)
+        block_format = chosen.get(name)
+        stored = value if block_format is None else encode_blocks(value.detach(), **block_format)
         index[name] = _fields(stored) if isinstance(stored, Blocks) else None
         for key, tensor in _parts(name, stored).items():
             if key in tensors:
@@ -232,11 +232,11 @@ def _fields(blocks: Blocks) -> dict[str, Any]:
     }
 
 
-def _granularity(data: dict[str, Any]) -> PerTensor | PerAxis | PerBlock:
+def _granularity(data: dict[str, Any]) -> Granularity:
     ((name, sizes),) = data.items()
     if isinstance(sizes, dict):  # whose keys are strings in JSON
         sizes = {int(dim): size for dim, size in sizes.items()}
-    made: PerTensor | PerAxis | PerBlock
+    made: Granularity
     made = _GRANULARITIES[name](*[] if sizes is None else [tuple(sizes) if isinstance(sizes, list) else sizes])
     return made
 

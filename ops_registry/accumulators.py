@@ -100,8 +100,7 @@ class Accumulator:
         check("group", self.group, 1, 4096)
         if self.fraction_bits is not None:
             check("fraction bits", self.fraction_bits, 1, _MOST_BITS - 2 - self.group.bit_length())
-        for name, value in (("promotion", self.promotion), ("scaled", self.scaled)):
-            unit = self.group if name == "promotion" else 1
+        for name, value, unit in (("promotion", self.promotion, self.group), ("scaled", self.scaled, 1)):
             if value is not None and (value == 0 or value % unit):
                 raise ValueError(f"{name} of accumulator {self.name!r} must be a multiple of {unit}, got {value}")
         if self.scaled and (self.fraction_bits is None or (self.scaled % self.group and self.group % self.scaled)):

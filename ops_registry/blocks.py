@@ -43,16 +43,11 @@ def quantize_operand(
     options = block, power_of_two, scale_format, headroom, dtype
     f = check_quantize_operand(x, tensor_scale, format, saturation, rounding, *options, hadamard, random_bits)
     x = transformed(x) if hadamard else x
-    for dim, size in enumerate(x.shape):
-        if missing := _missing(size, block[dim]):
-            # Apart from each other: of whole blocks and zeros that fill up the last, Inductor's C++ makes wrong bits.
-            if random_bits is not None and random_bits.dtype == SEED:
-                random_bits = bits_of(random_bits, x.shape)
-            ends = size - block[dim] + missing, block[dim] - missing
-            xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
-            part: Any = partial(quantize_operand, with_tensor_scale=with_tensor_scale)
-            arguments: tuple[Any, ...] = tensor_scale, format, saturation, rounding, *options
-            return torch.cat([part(x, *arguments, random_bits=b) for x, b in zip(xs, bits, strict=True)], dim)
+    if halves := _apart(x, block, random_bits):
+        dim, parts = halves
+        part: Any = partial(quantize_operand, with_tensor_scale=with_tensor_scale)
+        arguments: tuple[Any, ...] = tensor_scale, format, saturation, rounding, *options
+        return torch.cat([part(x, *arguments, random_bits=bits) for x, bits in parts], dim)
     view, dims = blocked(x.detach(), block)
     if random_bits is not None and random_bits.dtype != SEED:
         random_bits, _ = blocked(random_bits, block)
@@ -118,17 +113,10 @@ def _encoded(
 ) -> tuple[Tensor, Tensor]:
     """A code for each element, and what values are multiplied by for each block, but for tensor_scale."""
     options = block, power_of_two, scale_format, headroom
-    for dim, size in enumerate(x.shape):
-        if missing := _missing(size, block[dim]):
-            if random_bits is not None and random_bits.dtype == SEED:
-                random_bits = bits_of(random_bits, x.shape)
-            ends = size - block[dim] + missing, block[dim] - missing
-            xs, bits = x.split(ends, dim), [None, None] if random_bits is None else random_bits.split(ends, dim)
-            parts = [
-                _encoded(part, tensor_scale, f, saturation, rounding, *options, b)
-                for part, b in zip(xs, bits, strict=True)
-            ]
-            return torch.cat([codes for codes, _ in parts], dim), torch.cat([scale for _, scale in parts], dim)
+    if halves := _apart(x, block, random_bits):
+        dim, parts = halves
+        encoded = [_encoded(x, tensor_scale, f, saturation, rounding, *options, bits) for x, bits in parts]
+        return torch.cat([codes for codes, _ in encoded], dim), torch.cat([scale for _, scale in encoded], dim)
     view, dims = blocked(x, block)
     if random_bits is not None and random_bits.dtype != SEED:
         random_bits, _ = blocked(random_bits, block)
@@ -140,6 +128,23 @@ def _encoded(
     numbers = blocks_of(x, block)
     is_empty = any(type(n) is int and n == 0 for n in numbers)  # then there is a group of nothing
     return unblocked(codes, x, block), multiplier.new_empty(numbers) if is_empty else multiplier.reshape(numbers)
+
+
+def _apart(
+    x: Tensor, block: list[int], random_bits: Tensor | None
+) -> tuple[int, list[tuple[Tensor, Tensor | None]]] | None:
+    """A dimension whose last block is smaller, and x before and from it on with their random bits; None: all are whole.
+
+    Of whole blocks and zeros that fill up the last, Inductor's C++ makes wrong bits.
+    """
+    for dim, size in enumerate(x.shape):
+        if missing := _missing(size, block[dim]):
+            if random_bits is not None and random_bits.dtype == SEED:
+                random_bits = bits_of(random_bits, x.shape)
+            ends = size - block[dim] + missing, block[dim] - missing
+            bits = [None, None] if random_bits is None else random_bits.split(ends, dim)
+            return dim, list(zip(x.split(ends, dim), bits, strict=True))
+    return None
 
 
 def _largest(view: Tensor, dims: list[int], headroom: float) -> Tensor:

@@ -220,16 +220,12 @@ def check_as_scale(amax: Tensor, max_value: float) -> None:
 
 def check_pack(codes: Tensor, bits: int) -> None:
     """Checks the arguments of pack."""
-    _check_bytes("codes", codes)
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    _check_codes("codes", codes, bits)
 
 
 def check_unpack(packed: Tensor, bits: int, n: int) -> None:
     """Checks the arguments of unpack."""
-    _check_bytes("packed", packed)
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    _check_codes("packed", packed, bits)
     if n < 0 or packed.shape[-1] != (n * bits + 7) // 8:
         raise ValueError(
             f"packed must have {(n * bits + 7) // 8} bytes in its last dimension for n = {n} codes of {bits} bits, "
@@ -275,12 +271,14 @@ def _check_block_scale(name: str, scale: Tensor | None, x: Tensor, rule: Accumul
         raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(scale.shape)}")
 
 
-def _check_bytes(name: str, tensor: Tensor) -> None:
+def _check_codes(name: str, tensor: Tensor, bits: int) -> None:
     if tensor.dtype != torch.uint8:
         raise TypeError(f"{name} must have dtype torch.uint8, got {tensor.dtype}")
     _check_strided(name, tensor)
     if tensor.ndim == 0:
         raise ValueError(f"{name} must have a dimension, along which codes are packed, got a 0-d tensor")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be from 1 to 8, got {bits}")
 
 
 def check_floating(name: str, x: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import aten, blocks, products
 from .arithmetic import code_dtype, compute_dtype
 from .checks import (
+    FLOAT_DTYPES,
     check_amax,
     check_decode,
     check_dequantize,
@@ -36,31 +37,16 @@ from .modes import RANDOM_BITS, ROUNDINGS, SATURATIONS, SEED
 from .native import load, of_torch, warn_without
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
-from .tiles import CHUNK, Scaling, Strips, fits_blocks, matrices_of, scaling_of, strips_of
+from .tiles import CHUNK, Scaling, Size, Strips, fits_blocks, matrices_of, scaling_of, strips_of
 
 # The numbers of csrc/plan.h
 _OPERATIONS = {name: i for i, name in enumerate(("quantize", "encode", "decode", "dequantize", "project"))}
-_DTYPES = {
-    dtype: i
-    for i, dtype in enumerate(
-        (
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-            torch.uint8,
-            torch.int32,
-            torch.int64,
-            torch.uint16,
-        )
-    )
-}
+_DTYPES = {dtype: i for i, dtype in enumerate((*FLOAT_DTYPES, torch.uint8, torch.int32, torch.int64, torch.uint16))}
 _ROUNDINGS = {rounding: i for i, rounding in enumerate(ROUNDINGS)}
 _tensors = struct.Struct("q4Pq").pack  # struct tensors of csrc/plan.h
 _transform = struct.Struct("2P2q2i").pack  # struct transform
 _GROUPS = CHUNK // SIZE  # of csrc/hadamard.h
 _ROWS = 64  # enough for every thread to have some
-Size = tuple[int, ...]
 
 
 def _load() -> tuple[Any, str]:
@@ -73,20 +59,16 @@ def _load() -> tuple[Any, str]:
         return None, "aten"
     native.altgrad_select.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     native.altgrad_select.restype = ctypes.c_char_p
-    native.altgrad_run.argtypes = [ctypes.c_char_p] * 3
-    native.altgrad_run.restype = None
-    native.altgrad_amax.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
-    native.altgrad_amax.restype = None
-    native.altgrad_pack.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2
-    native.altgrad_pack.restype = None
-    native.altgrad_matmul.argtypes = [ctypes.c_char_p]
-    native.altgrad_matmul.restype = None
-    native.altgrad_blocks.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    native.altgrad_blocks.restype = None
-    native.altgrad_transform.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    native.altgrad_transform.restype = None
-    native.altgrad_random.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]
-    native.altgrad_random.restype = None
+    for function, arguments in (
+        (native.altgrad_run, [ctypes.c_char_p] * 3),
+        (native.altgrad_amax, [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2),
+        (native.altgrad_pack, [ctypes.c_int64] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2),
+        (native.altgrad_matmul, [ctypes.c_char_p]),
+        (native.altgrad_blocks, [ctypes.c_char_p, ctypes.c_int64]),
+        (native.altgrad_transform, [ctypes.c_char_p, ctypes.c_int64]),
+        (native.altgrad_random, [ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]),
+    ):
+        function.argtypes, function.restype = arguments, None
     target = select(native, wanted)
     if target is None:
         raise ImportError(f"ALTGRAD_CPU_TARGET={wanted} is neither aten nor an instruction set of this machine")

@@ -37,9 +37,8 @@ from .modes import ROUNDINGS, SATURATIONS, SEED
 from .operators import OPERATORS, library, with_twins
 from .packing import rows_of
 from .philox import random_bits as bits_of
-from .tiles import both_of, fits_blocks, has_groups, most_of, scaling_of, tiling_of
+from .tiles import NARROW, Size, both_of, fits_blocks, has_groups, most_of, scaling_of, tiling_of
 
-Size = tuple[int, ...]
 Plan = tuple[int, list[int], tuple[Any, ...]]
 Described = tuple[Tensor, Launch | None]  # the output of an operator, and what writes it
 
@@ -53,7 +52,6 @@ SCALES = 512  # of a program
 # Of a program whose tile is one large block of several rows, by the bytes of a number; measured in E4M3.
 LARGE_BLOCKS: dict[int, dict[str, Any]] = {4: {"num_warps": 4}, 2: {"num_warps": 8, "maxnreg": 80}}
 
-_NARROW = 2**30  # elements; with more, offsets are of 64 bits
 _NO_RUNS = [1] * (MAX_RUNS - 1) + [0] * MAX_RUNS
 
 
@@ -106,7 +104,7 @@ def plan(shape: Size, x_strides: Size, scale_shape: Size, scale_strides: Size, b
     """
     n = prod(shape)
     sizes, strides = runs_of(shape, x_strides, strides_over(len(shape), scale_shape, scale_strides))
-    runs, is_wide = len(sizes), n > _NARROW
+    runs, is_wide = len(sizes), n > NARROW
     if not any(strides):
         return -(-n // block), _NO_RUNS, (Walk(is_wide=is_wide), 1, block)
     if runs > MAX_RUNS or any(size >= 2**31 for size in sizes[:-1]):
@@ -267,7 +265,7 @@ def _regroup(name: str, x: Tensor, bits: int, n: int) -> Tensor:
     codes, packed = (n, CODES, bits), (-(-n * bits // 8), bits, 8)  # of a row the size, of a group count and width
     (x_size, *of_x), (out_size, *of_out) = (codes, packed) if name == "pack" else (packed, codes)
     groups = -(-n // CODES)
-    constants = GROUPS, *of_x, *of_out, rows > 1, rows * n > _NARROW
+    constants = GROUPS, *of_x, *of_out, rows > 1, rows * n > NARROW
     integers, programs = (rows, groups, x_size, out_size), -(-rows * groups // GROUPS)
     options = {"num_warps": NUM_WARPS}
     start(Launch(module.regroup_kernel, programs, [x.contiguous(), out], integers, constants, options))

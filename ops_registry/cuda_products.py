@@ -92,6 +92,37 @@ def largest_exponent(a, b, first, end, rows, columns, row, column, in_rows, in_c
 
 
 @triton.jit
+def aligned_sum(
+    kept, a, b, a_exponents, b_exponents, first, end, rows, columns, row, column, in_rows, in_columns, zero,
+    rule: tl.constexpr,
+):  # fmt: skip
+    """kept with the group of products of lines first to end added."""
+    own = exponents_of(kept)
+    counts = (kept != 0) & (tl.abs(kept) < float("inf"))
+    most = tl.where(counts, tl.maximum(own, rule.min_exponent), rule.least_exponent)
+    if rule.sums_block:
+        for block in range(first, end, rule.scaled):
+            last = tl.minimum(block + rule.scaled, end)
+            of_block = largest_exponent(
+                a_exponents, b_exponents, block, last, rows, columns, row, column, in_rows, in_columns, most
+            )
+            value = term(a, b, block, last, rows, columns, row, column, in_rows, in_columns, zero)
+            most = tl.where(value == 0, most, of_block)
+    else:
+        most = largest_exponent(
+            a_exponents, b_exponents, first, end, rows, columns, row, column, in_rows, in_columns, most
+        )
+    scale = power_of_two(rule.fraction_bits - most, kept.dtype)
+    summed = toward_zero(kept * scale)
+    for block in range(first, end, rule.products_of_term):
+        last = tl.minimum(block + rule.products_of_term, end)
+        value = term(a, b, block, last, rows, columns, row, column, in_rows, in_columns, zero)
+        summed += toward_zero(value * scale)
+    kept = round_kept(summed * power_of_two(most - rule.fraction_bits, kept.dtype), rule)
+    return tl.where(kept == 0, 0.0, kept)  # never -0
+
+
+@triton.jit
 def product_kernel(a, b, a_exponents, b_exponents, out, rows, columns, size, rule: tl.constexpr, tile: tl.constexpr):
     tiles = tl.cdiv(columns, tile)
     row = tl.program_id(0) // tiles * tile + tl.arange(0, tile)
@@ -110,29 +141,10 @@ def product_kernel(a, b, a_exponents, b_exponents, out, rows, columns, size, rul
             x, y = read(a, first, rows, row, in_rows, 0.0), read(b, first, columns, column, in_columns, 0.0)
             kept = round_kept(sum_to_odd(kept, x[:, None] * y[None, :]), rule)
         else:
-            own = exponents_of(kept)
-            counts = (kept != 0) & (tl.abs(kept) < float("inf"))
-            most = tl.where(counts, tl.maximum(own, rule.min_exponent), rule.least_exponent)
-            if rule.sums_block:
-                for block in range(first, end, rule.scaled):
-                    last = tl.minimum(block + rule.scaled, end)
-                    of_block = largest_exponent(
-                        a_exponents, b_exponents, block, last, rows, columns, row, column, in_rows, in_columns, most
-                    )
-                    value = term(a, b, block, last, rows, columns, row, column, in_rows, in_columns, zero)
-                    most = tl.where(value == 0, most, of_block)
-            else:
-                most = largest_exponent(
-                    a_exponents, b_exponents, first, end, rows, columns, row, column, in_rows, in_columns, most
-                )
-            scale = power_of_two(rule.fraction_bits - most, kept.dtype)
-            summed = toward_zero(kept * scale)
-            for block in range(first, end, rule.products_of_term):
-                last = tl.minimum(block + rule.products_of_term, end)
-                value = term(a, b, block, last, rows, columns, row, column, in_rows, in_columns, zero)
-                summed += toward_zero(value * scale)
-            kept = round_kept(summed * power_of_two(most - rule.fraction_bits, kept.dtype), rule)
-            kept = tl.where(kept == 0, 0.0, kept)  # never -0
+            kept = aligned_sum(
+                kept, a, b, a_exponents, b_exponents, first, end, rows, columns, row, column, in_rows, in_columns, zero,
+                rule,
+            )  # fmt: skip
         if rule.promotion is not None:
             is_whole = end % rule.promotion == 0
             total = tl.where(is_whole, total + kept.to(tl.float32), total)

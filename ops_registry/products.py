@@ -111,9 +111,7 @@ def _accumulated(left: Factor, right: Factor, rule: Accumulator) -> Tensor:
             kept = round_kept(_aligned_sum(kept, terms, exponents, rule), rule) + 0.0  # never -0
         if rule.promotion and (start + rule.group) % rule.promotion == 0:
             total, kept = total + kept.float(), torch.zeros_like(kept)
-    result = (
-        total + kept.float() if rule.promotion and k % rule.promotion else total if rule.promotion else kept.float()
-    )
+    result = total + kept.float() if rule.promotion else kept.float()
     return torch.where(result.isnan(), torch.full_like(result.int(), 0x7FFFFFFF).view(torch.float32), result)
 
 

@@ -18,6 +18,8 @@ from .hadamard import SIZE, is_transformed
 from .operators import IN_BLOCKS, OPERATORS
 from .philox import random_words
 
+Choices = list[tuple[list[Any], list[Any]]]  # placements of the outputs and of the arguments
+
 
 @cache
 def register() -> None:
@@ -49,7 +51,7 @@ def register() -> None:
         known[op] = RuntimeSchemaInfo(static_argnum=OPERATORS[name].tensors, needs_pytree=True)
 
 
-def _placements_of_amax(x: Any, dims: list[int], *hadamard: bool) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_amax(x: Any, dims: list[int], *hadamard: bool) -> Choices:
     """Replicated, or split as x is: along what is reduced each part has its own largest."""
     from torch.distributed.tensor import Partial, Replicate
 
@@ -65,7 +67,7 @@ def _has_whole_groups(x: Any, p: Any) -> bool:
     return p.dim != x.ndim - 1 or (p.is_shard() and x.shape[-1] % (SIZE * x.mesh.size()) == 0)
 
 
-def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> Choices:
     """Replicated, or split as x is where no block is."""
     from torch.distributed.tensor import Replicate
 
@@ -74,7 +76,7 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
     bits_are_split = has_bits and args[0].ndim == x.ndim
     of_scale = None if tensor_scale is None else Replicate()
     options = [None] * (len(args) - has_bits)
-    choices: list[tuple[list[Any], list[Any]]] = []
+    choices: Choices = []
     for p in (Replicate(), *x.placements):
         is_whole = p.is_replicate() or (
             p.is_shard()
@@ -87,9 +89,7 @@ def _placements_of_blocks(x: Any, tensor_scale: Any, *args: Any) -> list[tuple[l
     return choices
 
 
-def _placements_of_operands(
-    x: Any, tensor_scale: Any, turned_scale: Any, *args: Any
-) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_operands(x: Any, tensor_scale: Any, turned_scale: Any, *args: Any) -> Choices:
     """Replicated, or split as x is where no block of either direction is."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -99,14 +99,14 @@ def _placements_of_operands(
     of_both = -1 if -1 in (height, width) else math.lcm(height, width)
     down = math.lcm(of_both, SIZE) if of_both > 0 and is_transformed(args) else of_both
     turned = {x.ndim - 2: x.ndim - 1, x.ndim - 1: x.ndim - 2}
-    choices: list[tuple[list[Any], list[Any]]] = []
+    choices: Choices = []
     for (p,), _ in _placements_of_blocks(x, None, "", [*outer, down, of_both]):
         of_turned = Shard(turned.get(p.dim, p.dim)) if p.is_shard() else p
         choices.append(([p, of_turned], [p, *others, *options]))
     return choices
 
 
-def _placements_of_elements(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_elements(x: Any, *others: Any) -> Choices:
     """Replicated, or split as x is."""
     from torch.distributed.tensor import Replicate
 
@@ -114,7 +114,7 @@ def _placements_of_elements(x: Any, *others: Any) -> list[tuple[list[Any], list[
     return [([p], [p, *[None] * len(others)]) for p in (Replicate(), *splits)]
 
 
-def _placements_of_stored_blocks(x: Any, *args: Any) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_stored_blocks(x: Any, *args: Any) -> Choices:
     """Codes and scales as x, which is not split where codes of two parts would share a byte."""
     bits = resolve(next(argument for argument in args if isinstance(argument, str))).bits
 
@@ -125,7 +125,7 @@ def _placements_of_stored_blocks(x: Any, *args: Any) -> list[tuple[list[Any], li
     return [(outputs * 2, inputs) for outputs, inputs in _placements_of_blocks(x, *args) if is_apart(outputs[0])]
 
 
-def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_rows(x: Any, *others: Any) -> Choices:
     """Replicated, or split as x is, but not along the last dimension, where codes share bytes."""
 
     def is_apart(p: Any) -> bool:
@@ -134,9 +134,7 @@ def _placements_of_rows(x: Any, *others: Any) -> list[tuple[list[Any], list[Any]
     return [choice for choice in _placements_of_elements(x, *others) if is_apart(choice[0][0])]
 
 
-def _placements_of_matmul(
-    a: Any, b: Any, accumulator: str, a_scale: Any = None, b_scale: Any = None
-) -> list[tuple[list[Any], list[Any]]]:
+def _placements_of_matmul(a: Any, b: Any, accumulator: str, a_scale: Any = None, b_scale: Any = None) -> Choices:
     """Replicated, or split along rows, columns or what is in front of them: a part of a sum is another sum."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -152,7 +150,7 @@ def _placements_of_matmul(
 def _rule(tensors: int) -> Callable[..., Any]:
     from torch.distributed.tensor import Replicate, Shard
 
-    def placements(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+    def placements(*args: Any) -> Choices:
         """The choices for one dimension of the mesh, each (output, arguments): replicated, or split as an input is."""
         x, scale = args[:2]
         others = [None] * (len(args) - tensors)
@@ -212,10 +210,10 @@ def random_bits_like(x: Any, seed: Tensor) -> Any:
 
     placements = [Replicate() if placement.is_partial() else placement for placement in x.placements]
     sizes, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, placements)
-    index = torch.zeros((), dtype=torch.int64, device=seed.device)
-    for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
-        places = torch.arange(offset, offset + size, device=seed.device) * math.prod(x.shape[dim + 1 :])
-        index = index + places.view(-1, *[1] * (x.ndim - 1 - dim))
     strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)]
+    index = torch.zeros((), dtype=torch.int64, device=seed.device)
+    for dim, (size, offset, stride) in enumerate(zip(sizes, offsets, strides, strict=True)):
+        places = torch.arange(offset, offset + size, device=seed.device) * stride
+        index = index + places.view(-1, *[1] * (x.ndim - 1 - dim))
     bits = random_words(seed, index).to(torch.int32)
     return DTensor.from_local(bits, x.device_mesh, placements, run_check=False, shape=x.shape, stride=tuple(strides))

@@ -22,7 +22,7 @@ BOTH_DOWN, BOTH_ACROSS = 16, 64
 MAX_BLOCK = 16384  # the largest block, of sizes that are powers of two, that a program holds
 ACROSS = 128  # columns of a tile of several rows
 _LARGEST = (2.0 - 2.0**-23) * 2.0**127
-_NARROW = 2**30  # elements; with more, offsets are of 64 bits
+NARROW = 2**30  # elements; with more, offsets are of 64 bits
 
 
 class Matrices(NamedTuple):
@@ -140,7 +140,7 @@ def tiling_of(shape: Size, strides: Size, block: Size, is_counted: bool) -> Tili
     has_fours = m.steps[2] == 1 and all(number % 4 == 0 for number in (m.width, *m.steps[:2]))
     is_of_columns = is_columns and m.height <= COLUMN and wide > 1
     sizes = high, m.height, height_room, wide, m.width, width_room
-    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > _NARROW, has_fours, m.has_fours_down, is_of_columns)
+    tile = Tile(*sizes, is_full, m.columns % 16 == 0, n > NARROW, has_fours, m.has_fours_down, is_of_columns)
     tiles_down, tiles_across = -(-down // high), -(-across // wide)
     elements = high * height_room * wide * width_room
     options = {"num_warps": max(1, min(16, elements // per_warp))}
@@ -167,8 +167,8 @@ def both_of(shape: Size, size: int) -> Both | None:
     if not has_whole_blocks or rows % high or columns % wide:
         return None
     n, is_aligned = math.prod(shape), columns % 16 == 0
-    along = Tile(high, 1, 1, wide // size, size, size, True, is_aligned, n > _NARROW, False, False, False)
-    down = Tile(high // size, size, size, wide, 1, 1, True, is_aligned, n > _NARROW, False, False, True)
+    along = Tile(high, 1, 1, wide // size, size, size, True, is_aligned, n > NARROW, False, False, False)
+    down = Tile(high // size, size, size, wide, 1, 1, True, is_aligned, n > NARROW, False, False, True)
     integers = rows, columns, rows // high, columns // wide
     return Both(n // (high * wide), integers, along, down, {"num_warps": 1})
 

@@ -7,7 +7,7 @@ MX: blocks of 32 with a scale that is a power of two, by the standard's rule ("f
 from typing import Required
 
 from .formats import E2M1, E2M3, E3M2, E4M3, E5M2, FP8Format
-from .granularity import PerAxis, PerBlock, PerTensor
+from .granularity import Granularity, PerBlock
 from .scaling import ScaleOptions
 
 
@@ -15,7 +15,7 @@ class BlockFormat(ScaleOptions, total=False):
     """The keywords of a call of :func:`quantize_blocks` or :func:`compute_scale`, x apart."""
 
     format: Required[FP8Format | str]
-    granularity: Required[PerTensor | PerAxis | PerBlock]
+    granularity: Required[Granularity]
 
 
 def _mx(format: FP8Format) -> BlockFormat:

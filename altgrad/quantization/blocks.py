@@ -9,7 +9,7 @@ from ops_registry.arithmetic import compute_dtype
 from ops_registry.checks import check_tensor
 
 from .formats import E8M0, FP8Format, resolve
-from .granularity import PerAxis, PerBlock, PerTensor, check_granularity
+from .granularity import Granularity, check_granularity
 from .ops import check_modes, decode, drawn_bits, encode, pack, unpack
 from .scaling import ScaleOptions, compute_scale, in_one_pass, levels_of, scaler
 from .two_levels import multiplied
@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
     tensor_scale: Tensor | None
     format: str
     scale_format: str | None
-    granularity: PerTensor | PerAxis | PerBlock
+    granularity: Granularity
     n: int
     dtype: torch.dtype
 
@@ -71,7 +71,7 @@ def encode_blocks(
     x: Tensor,
     format: FP8Format | str,
     *,
-    granularity: PerTensor | PerAxis | PerBlock,
+    granularity: Granularity,
     saturation: str = "propagate",
     rounding: str = "nearest_ties_to_even",
     random_bits: Tensor | None = None,

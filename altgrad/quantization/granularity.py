@@ -15,7 +15,7 @@ GroupFunction = Callable[..., Tensor]
 
 
 def check_granularity(granularity: Any) -> None:
-    if not isinstance(granularity, PerTensor | PerAxis | PerBlock):
+    if not isinstance(granularity, Granularity):
         raise TypeError(f"granularity must be a PerTensor(), PerAxis or PerBlock, got {granularity!r}")
 
 
@@ -140,7 +140,10 @@ class PerBlock:
         return result.expand(view.shape).reshape(x.shape)
 
 
-def has_whole_blocks(granularity: PerTensor | PerAxis | PerBlock, x: Tensor) -> bool:
+Granularity = PerTensor | PerAxis | PerBlock
+
+
+def has_whole_blocks(granularity: Granularity, x: Tensor) -> bool:
     """Whether apply sees x at once, as a view in which its elements have the same row-major order."""
     return not isinstance(granularity, PerBlock) or all(
         x.shape[dim] % size in (0, x.shape[dim]) for dim, size in granularity.by_dim(x.ndim)

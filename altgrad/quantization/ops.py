@@ -16,10 +16,9 @@ from ops_registry.operators import blocks_of
 from ops_registry.sharding import random_bits_like
 
 from .formats import FP8Format
-from .granularity import PerAxis, PerBlock, PerTensor, check_granularity
+from .granularity import Granularity, PerBlock, check_granularity
 
 _SEEDS = (1 << 63) - 1
-Granularity = PerTensor | PerAxis | PerBlock
 _OPERATORS = {name: entry(name) for name in RULES}
 
 
@@ -75,11 +74,7 @@ def quantize(
         >>> quantize(torch.tensor([0.3, 1.03125, 100.0]), E3M4)
         tensor([ 0.2969,  1.0000, 31.0000])
     """
-    if isinstance(granularity, PerBlock):
-        return _by_blocks(quantize, granularity, x, scale, format, saturation, rounding, random_bits, generator)
-    if granularity is not None:
-        check_granularity(granularity)
-    return _project("quantize", x, format, scale, saturation, rounding, random_bits, generator)
+    return _project("quantize", x, format, scale, saturation, rounding, random_bits, generator, granularity)
 
 
 def quantize_gradient(
@@ -150,11 +145,7 @@ def encode(
         >>> encode(torch.tensor([1.0, -1.0, 0.0]), E5M2)
         tensor([ 60, 188,   0], dtype=torch.uint8)
     """
-    if isinstance(granularity, PerBlock):
-        return _by_blocks(encode, granularity, x, scale, format, saturation, rounding, random_bits, generator)
-    if granularity is not None:
-        check_granularity(granularity)
-    return _project("encode", x, format, scale, saturation, rounding, random_bits, generator)
+    return _project("encode", x, format, scale, saturation, rounding, random_bits, generator, granularity)
 
 
 def decode(
@@ -379,8 +370,13 @@ def _project(
     rounding: str,
     random_bits: Tensor | None,
     generator: torch.Generator | None = None,
+    granularity: Granularity | None = None,
 ) -> Tensor:
     """Calls an operator that projects x, or its stochastic twin."""
+    if isinstance(granularity, PerBlock):
+        return _by_blocks(name, granularity, x, scale, format, saturation, rounding, random_bits, generator)
+    if granularity is not None:
+        check_granularity(granularity)
     check_tensor("x", x)
     check_modes(saturation, rounding)
     scale, word = _as_tensor(scale, x.dtype, x.device), format_name(format)
@@ -406,7 +402,7 @@ def _checked_bits(
 
 
 def _by_blocks(
-    f: Callable[..., Tensor],
+    name: str,
     granularity: PerBlock,
     x: Tensor,
     scale: Tensor | float,
@@ -416,15 +412,15 @@ def _by_blocks(
     random_bits: Tensor | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """f, quantize or encode, with one element of scale a block."""
+    """The same with one element of scale a block."""
     check_tensor("x", x)
     compact = _compact("x", x, scale, granularity)
-
-    modes: dict[str, Any] = {"saturation": saturation, "rounding": rounding}
     if rounding == "stochastic" or random_bits is not None or generator is not None:  # bits are those of x's elements
         scale = granularity.apply(lambda blocks, dims, scale: scale, x, compact)
-        return f(x, format, scale, **modes, random_bits=random_bits, generator=generator)
-    return granularity.apply(lambda blocks, dims, scale: f(blocks, format, scale, **modes), x, compact)
+        return _project(name, x, format, scale, saturation, rounding, random_bits, generator)
+    return granularity.apply(
+        lambda blocks, dims, scale: _project(name, blocks, format, scale, saturation, rounding, None), x, compact
+    )
 
 
 def _compact(name: str, x: Tensor, scale: Tensor | float, granularity: PerBlock) -> Tensor:

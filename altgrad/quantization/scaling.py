@@ -14,7 +14,7 @@ from ops_registry.modes import POWER_OF_TWO_RULES, SEED
 from ops_registry.scales import as_power_of_two
 
 from .formats import FP8Format, resolve
-from .granularity import PerAxis, PerBlock, PerTensor, check_granularity, has_whole_blocks
+from .granularity import Granularity, PerTensor, check_granularity, has_whole_blocks
 from .magnitudes import amax, percentile
 from .ops import check_modes, drawn_bits, quantize
 from .two_levels import ARITHMETICS, FOUR_OVER_SIX, Levels, quantize_multiplied
@@ -47,7 +47,7 @@ def compute_scale(
     format: FP8Format | str,
     *,
     method: str = "amax",
-    granularity: PerTensor | PerAxis | PerBlock = PerTensor(),  # noqa: B008  (frozen)
+    granularity: Granularity = PerTensor(),  # noqa: B008  (frozen)
     fraction: float = 0.999,
     headroom: float = 1.0,
     power_of_two: str | None = None,
@@ -124,7 +124,7 @@ def quantize_blocks(
     x: Tensor,
     format: FP8Format | str,
     *,
-    granularity: PerTensor | PerAxis | PerBlock,
+    granularity: Granularity,
     saturation: str = "propagate",
     rounding: str = "nearest_ties_to_even",
     random_bits: Tensor | None = None,
@@ -177,7 +177,7 @@ def quantize_blocks(
 
 
 def in_one_pass(
-    x: Tensor, format: FP8Format | str, granularity: PerTensor | PerAxis | PerBlock, options: ScaleOptions
+    x: Tensor, format: FP8Format | str, granularity: Granularity, options: ScaleOptions
 ) -> tuple[Any, ...] | None:
     """What the operators of blocks take: the scale of the tensor, block, rule, scale format, headroom; None: cannot."""
     levels, headroom = levels_of(resolve(format), options), options.get("headroom", 1.0)
@@ -203,15 +203,14 @@ def scaler(
     power_of_two, levels = options.get("power_of_two"), levels_of(f, options)
 
     def scale_of(group: Tensor, dims: tuple[int, ...]) -> Tensor:
-        to_scale = rounded_scale(x, f, power_of_two, levels)
         if factors := factors_of(method, power_of_two):
-            return _least_error(group, dims, f, factors, to_scale)
+            return least_error(group, dims, f, factors, rounded_scale(x, f, power_of_two, levels))
         if method == "percentile":
-            statistic = percentile(group, dims, options.get("fraction", 0.999))
-            return to_scale(statistic if headroom == 1 else statistic * headroom)
-        statistic = amax(group, dims)
-        if group.numel() == x.numel():  # all of x, or one of its parts with even blocks
-            to_scale = rounded_scale(statistic, f, power_of_two, levels)
+            statistic, source = percentile(group, dims, options.get("fraction", 0.999)), x
+        else:
+            statistic = amax(group, dims)
+            source = statistic if group.numel() == x.numel() else x  # all of x, or one of its parts with even blocks
+        to_scale = rounded_scale(source, f, power_of_two, levels)
         return to_scale(statistic if headroom == 1 else statistic * headroom)
 
     return scale_of
@@ -286,7 +285,7 @@ def rounded_scale(
     return levels.scaler(x)
 
 
-def _least_error(
+def least_error(
     x: Tensor, dims: tuple[int, ...], format: FP8Format, factors: list[float], to_scale: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """to_scale(amax), or to_scale(amax * factor) where that has a smaller squared error; the first of equals."""

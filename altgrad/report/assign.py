@@ -211,7 +211,6 @@ def _solve(groups: list[list[Layer]], budget_bits: float, kind: str) -> tuple[li
 
 
 def _recipe(choice: Mapping[str, str]) -> Recipe:
-    by_side = {"forward.x" if operand in ACTIVATIONS else "forward.w": name for operand, name in choice.items()}
-    rules = {side: candidate(name).rule for side, name in by_side.items()}
-    name = " x ".join(by_side[side] for side in ("forward.x", "forward.w") if side in by_side)
-    return Recipe(name, forward=Product(rules.get("forward.x"), rules.get("forward.w")))
+    names = [next((choice[key] for key in operands if key in choice), None) for operands in (ACTIVATIONS, WEIGHTS)]
+    x, w = (None if name is None else candidate(name).rule for name in names)
+    return Recipe(" x ".join(filter(None, names)), forward=Product(x, w))

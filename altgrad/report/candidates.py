@@ -8,7 +8,7 @@ from typing import Any
 from ops_registry.modes import POWER_OF_TWO_RULES
 
 from ..quantization.formats import FP8Format, resolve
-from ..quantization.granularity import PerAxis, PerBlock, PerTensor
+from ..quantization.granularity import Granularity, PerAxis, PerBlock, PerTensor
 from ..quantization.scaling import ScaleOptions
 from ..simulation.recipes import Recipe, Rule
 
@@ -49,7 +49,7 @@ class Candidate:
         return resolve(self.rule.format or "")
 
     @property
-    def granularity(self) -> PerTensor | PerAxis | PerBlock:
+    def granularity(self) -> Granularity:
         """Who shares a scale in a matrix [rows, contraction]."""
         if self.rule.per == "tensor":
             return PerTensor()
@@ -110,7 +110,7 @@ def candidate(name: str) -> Candidate:
     return Candidate(next((known for known, word in NAMED.items() if word == spelling), spelling), rule)
 
 
-def candidates(names: Iterable[str]) -> list[Candidate]:
+def candidates_of(names: Iterable[str]) -> list[Candidate]:
     """The candidates of names, each once.
 
     Raises:

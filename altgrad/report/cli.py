@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..quantization.formats import FORMAT_REGISTRY, resolve
 from .assign import assign
 from .candidates import DEFAULT, GRAMMAR, NAMED
+from .number_line import picture
 from .page import write
 from .results import write_files
 from .tables import print_format, print_formats, print_report
@@ -108,9 +110,6 @@ def formats(names: tuple[str, ...], values: bool, svg: Path | None) -> None:
     NAMES are names (E4M3) or spellings (e4m3b7fn: exponent bits, mantissa bits, bias, specials); all named formats by
     default.
     """
-    from ..quantization.formats import FORMAT_REGISTRY, resolve
-    from .number_line import picture
-
     chosen = [resolve(name) for name in names] or list(FORMAT_REGISTRY.values())
     if svg is not None:
         write_files({svg: picture(chosen)})

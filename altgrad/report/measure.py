@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..simulation import Recipe, SimulationState
-from ..simulation.coverage import _buffers_restored
+from ..simulation.coverage import unchanged
 from ..simulation.layers import Simulated, kind_of, switch, switch_back
-from ..simulation.model import _check_layer, _close_fast_paths, _open_fast_paths
+from ..simulation.model import check_layer, close_fast_paths, open_fast_paths
 from ..simulation.watch import recorders
-from .candidates import DEFAULT, Candidate, candidates
+from .candidates import DEFAULT, Candidate, candidates_of
 from .results import Layer, LeftOut, Report
 from .tally import Signal, Tally, add, empty_tally, largest_of, parts, scale_function
 
@@ -74,11 +74,11 @@ def measure(
         raise TypeError(f"samples must be an integer, got {samples!r}")
     if samples < 0:
         raise ValueError(f"samples must be 0 or more, got {samples}")
-    chosen = _candidates(candidates)
+    chosen = candidates_of(candidates)
     recording = _Recording(chosen)
     total, count = 0.0, 0
     sizes: list[float] = []
-    with _recorded(model, recording) as left_out, _sizes(model, sizes):
+    with _recorded(model, recording), _sizes(model, sizes):
         leaves = [p for p in model.parameters() if p.requires_grad]
         if not leaves:
             raise ValueError("no parameter of the model requires a gradient")
@@ -97,12 +97,9 @@ def measure(
     layers = recording.layers(count)
     if not layers:
         raise ValueError("no gradient reached a layer")
-    left_out += [LeftOut(name, "no gradient reached it") for name in recording.names - {x.name for x in layers}]
+    left_out = [LeftOut(name, "no gradient reached it") for name in recording.names - {x.name for x in layers}]
     mean_size = samples or (sum(sizes) / len(sizes) if sizes else 1)
     return Report(type(model).__name__, [c.name for c in chosen], layers, left_out, total / count, mean_size)
-
-
-_candidates = candidates  # measure has an argument of that name
 
 
 @dataclass
@@ -139,7 +136,6 @@ class _Operand:
 class _Weight:
     """A weight, and the root of its squared gradients of all batches; of this batch the gradient so far."""
 
-    name: str
     value: Tensor
     gradient: Tensor
     norm: Tensor
@@ -173,7 +169,7 @@ class _Recording:
             self.add(name, "grad_weight.x", x.mT)
             if (name, index) not in self.weights:
                 zeros = (torch.zeros(w.shape, dtype=compute, device=w.device) for _ in range(2))
-                self.weights[name, index] = _Weight(name, w, *zeros)
+                self.weights[name, index] = _Weight(w, *zeros)
             self.weights[name, index].gradient += g.to(compute).mT @ x.to(compute)
 
     def add(self, name: str, operand: str, x: Tensor, gradient: Tensor | None = None) -> None:
@@ -193,9 +189,9 @@ class _Recording:
 
     def layers(self, batches: int) -> list[Layer]:
         """A layer of the report for each operand, in the order of the layers' first gradients reversed."""
-        for weight in self.weights.values():
-            self.add(weight.name, "forward.w", weight.value, weight.norm)
-            self.add(weight.name, "grad_input.w", weight.value.mT)
+        for (name, _), weight in self.weights.items():
+            self.add(name, "forward.w", weight.value, weight.norm)
+            self.add(name, "grad_input.w", weight.value.mT)
         names = list(dict.fromkeys(name for name, _ in self.weights))[::-1]
         found = ((name, operand) for name in names for operand in OPERANDS)
         return [self.layer(*key, batches) for key in found if key in self.operands]
@@ -213,38 +209,32 @@ class _Recording:
 
 
 @contextmanager
-def _recorded(model: nn.Module, recording: _Recording) -> Iterator[list[LeftOut]]:
-    """The model with layers that the recording hears of, and what stays as it was; everything is restored."""
+def _recorded(model: nn.Module, recording: _Recording) -> Iterator[None]:
+    """The model with layers that the recording hears of; everything is restored."""
     layers = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Simulated):
             raise ValueError(f"{name or 'the model'} is simulated: restore the model first")
         kind = kind_of(type(layer))
         if kind is not None:
-            _check_layer(name, layer)
+            check_layer(name, layer)
             layers[name.replace("_orig_mod.", "")] = layer, kind
     if not layers:
         raise ValueError("the model has no layer that can be simulated")
-    devices = {p.device for p in model.parameters() if p.is_cuda}
     switched: list[nn.Module] = []
     recorders.append(recording.hear)
     try:
         for name, (layer, kind) in layers.items():
             switch(layer, SimulationState(Recipe(name), name, products=kind.products(layer, False)))
             switched.append(layer)
-        _close_fast_paths(model)
-        with (
-            torch.random.fork_rng(list(devices)),
-            _buffers_restored(model),
-            torch.compiler.set_stance("force_eager"),
-            torch.enable_grad(),
-        ):
-            yield []
+        close_fast_paths(model)
+        with unchanged(model), torch.enable_grad():
+            yield
     finally:
         recorders.remove(recording.hear)
         for layer in switched:
             switch_back(layer)
-        _open_fast_paths(model)
+        open_fast_paths(model)
 
 
 @contextmanager

@@ -117,10 +117,11 @@ def print_format(console: Console, f: FP8Format, values: bool) -> None:
     """A format's numbers and number lines; all values, code by code, where asked."""
     print_formats(console, [f])
     width = min(console.width, 100)
-    positive = [value for value in finite_values(f) if value > 0]
-    console.print(f"\n{len(finite_values(f))} finite values; how many lie where, linear:")
-    console.print(text_line(finite_values(f), width), highlight=False)
-    console.print(f"{finite_values(f)[0]:g} to {f.max_representable_value:g}")
+    finite = finite_values(f)
+    positive = [value for value in finite if value > 0]
+    console.print(f"\n{len(finite)} finite values; how many lie where, linear:")
+    console.print(text_line(finite, width), highlight=False)
+    console.print(f"{finite[0]:g} to {f.max_representable_value:g}")
     console.print("\nthe positive ones, by the logarithm:")
     console.print(text_line([math.log2(value) for value in positive], width), highlight=False)
     console.print(f"{positive[0]:g} to {positive[-1]:g}")

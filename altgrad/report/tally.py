@@ -15,7 +15,7 @@ from torch import Tensor
 from ops_registry.arithmetic import divide
 
 from ..quantization.formats import FP8Format
-from ..quantization.granularity import PerAxis, PerBlock, PerTensor
+from ..quantization.granularity import Granularity, PerTensor
 from ..quantization.magnitudes import amax
 from ..quantization.ops import encode, quantize
 from ..quantization.scaling import levels_of, rounded_scale
@@ -185,7 +185,7 @@ def parts(x: Tensor, candidates: list[Candidate], size: int = PART) -> Iterator[
         yield x[start : start + rows].contiguous()
 
 
-def value_counts(x: Tensor, granularity: PerTensor | PerAxis | PerBlock) -> dict[float, Tensor]:
+def value_counts(x: Tensor, granularity: Granularity) -> dict[float, Tensor]:
     """How often each of all values of float16 or bfloat16 is there, in the order of their bits.
 
     For blocks and rows apart by the power of two at or below their largest magnitude, which is 0 for a block of zeros:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ops_registry.checks import FLOAT_DTYPES
 
-from .candidates import DEFAULT, Candidate, candidates
+from .candidates import DEFAULT, Candidate, candidates_of
 from .checkpoint import Checkpoint, Entry
 from .results import Layer, LeftOut, Report
 from .tally import (
@@ -64,7 +64,7 @@ def report_weights(
         >>> [score.flushed for score in report.layers[0].scores.values()]
         [0.5, 0.0]
     """
-    chosen = _candidates(candidates)
+    chosen = candidates_of(candidates)
     checkpoint = Checkpoint(path)
     layers, left_out = [], []
     done, total = 0, sum(entry.count for entry in checkpoint.entries)
@@ -81,9 +81,6 @@ def report_weights(
     if not layers:
         raise ValueError(f"{path}: no floating-point tensors in it, {len(left_out)} others")
     return Report(str(path), [c.name for c in chosen], layers, left_out)
-
-
-_candidates = candidates  # report_weights has an argument of that name
 
 
 def _reason(entry: Entry) -> str | None:

@@ -75,18 +75,10 @@ def coverage(model: nn.Module, example: Any, *, backward: bool = True) -> Covera
     names = {module: name for name, module in model.named_modules()}
     arguments, keywords = ((), example) if isinstance(example, Mapping) else (example, {})
     arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-    devices = {t.device for t in model.parameters() if t.is_cuda}
     counter = _Counter(names)
-    with (
-        torch.random.fork_rng(list(devices)),
-        _buffers_restored(model),
-        torch.compiler.set_stance("force_eager"),
-        counter.attached(),
-        torch.set_grad_enabled(backward),
-        counter,
-    ):
-        outputs = [t for t in tree_leaves(model(*arguments, **keywords)) if isinstance(t, Tensor) and t.requires_grad]
-        leaves = [p for p in (*model.parameters(), *tree_leaves((arguments, keywords))) if _is_leaf(p)]
+    with unchanged(model), counter.attached(), torch.set_grad_enabled(backward), counter:
+        outputs = [t for t in tree_leaves(model(*arguments, **keywords)) if _requires_grad(t)]
+        leaves = [t for t in (*model.parameters(), *tree_leaves((arguments, keywords))) if _requires_grad(t)]
         if backward and outputs and leaves:
             torch.autograd.grad([t.sum() for t in outputs], leaves, allow_unused=True)
     rows = [Uncovered(*key, times) for key, times in counter.uncovered.items()]
@@ -150,16 +142,19 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_leaf(t: Any) -> bool:
+def _requires_grad(t: Any) -> bool:
     return isinstance(t, Tensor) and t.requires_grad
 
 
 @contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restores buffers and the state of random generators; compiled parts run without their compiled code."""
+    devices = {p.device for p in model.parameters() if p.is_cuda}
     states = [layer.simulation for layer in model.modules() if isinstance(layer, Simulated)]
     before = [(buffer, buffer.clone()) for module in (model, *states) for buffer in module.buffers()]
     try:
-        yield
+        with torch.random.fork_rng(list(devices)), torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         with torch.no_grad():
             for buffer, value in before:

@@ -7,6 +7,7 @@ it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -61,8 +62,6 @@ KINDS: dict[type | str, Kind] = {
     nn.MultiheadAttention: Kind("attention", attend, "in_proj_weight", products_of_attention),
 }
 
-_classes: dict[type, type] = {}
-
 
 def register(cls: type[nn.Module] | str, *, weight: str = "weight", bias: str = "bias", layout: str = "NK") -> None:
     """Makes a class of layers that compute ``x weight^T + bias`` one that :func:`simulate` switches.
@@ -98,7 +97,7 @@ def register(cls: type[nn.Module] | str, *, weight: str = "weight", bias: str = 
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     KINDS[cls] = Kind("linear", _linear(weight, bias, layout), weight)
-    _classes.clear()
+    simulated_class.cache_clear()
 
 
 def kind_of(cls: type) -> Kind | None:
@@ -133,14 +132,9 @@ class Simulated:
         return _empty, (base,), self.__getstate__()  # the base may have a __reduce__ without it
 
 
-def simulated_class(base: type) -> Any:
+@cache
+def simulated_class(base: Any) -> Any:
     """The class of simulated modules of a class; pickling and copying go by the class that it is derived from."""
-    if base not in _classes:
-        _classes[base] = _derive(base)
-    return _classes[base]
-
-
-def _derive(base: Any) -> type:
     kind = kind_of(base)
     assert kind is not None
     first = [*signature(base.forward).parameters][1:2]  # each class has its own name for the input
@@ -168,7 +162,7 @@ def _empty(base: type) -> Any:
 
 def switch(layer: nn.Module, state: SimulationState) -> None:
     layer.__dict__["simulation"] = state
-    layer.__class__ = simulated_class(type(layer))
+    layer.__class__ = simulated_class(type(layer))  # type: ignore[arg-type]
 
 
 def switch_back(layer: Any) -> None:

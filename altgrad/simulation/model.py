@@ -175,7 +175,7 @@ def simulate(
     states = {}
     for name, chosen_recipe in chosen.items():
         layer, kind = layers[name]
-        _check_layer(name, layer)
+        check_layer(name, layer)
         if "forward" in vars(layer):
             raise ValueError(f"{name or 'the model'} has a forward of its own, which would be called instead")
         simulated_class(type(layer))
@@ -188,7 +188,7 @@ def simulate(
         )
     for name, state in states.items():
         switch(layers[name][0], state)
-    _close_fast_paths(model)
+    close_fast_paths(model)
     return Simulation(model)
 
 
@@ -221,7 +221,7 @@ def restore(model: nn.Module) -> None:
             raise ValueError(f"{shown} got a forward of its own after simulate: undo that first")
     for _, layer in layers:
         switch_back(layer)
-    _open_fast_paths(model)
+    open_fast_paths(model)
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def _disable(states: Iterable[SimulationState], contexts: int) -> None:
             state.enabled = state.disabling_contexts == 0
 
 
-def _close_fast_paths(model: nn.Module) -> None:
+def close_fast_paths(model: nn.Module) -> None:
     """In an evaluation torch's encoder layers look past their submodules, unless a hook is there to be called.
 
     The encoder around them would make nested tensors then, for which there is the fast path alone.
@@ -269,7 +269,7 @@ def _close_fast_paths(model: nn.Module) -> None:
             module.use_nested_tensor, module.restores_nested_tensor = False, True  # type: ignore[assignment]
 
 
-def _open_fast_paths(model: nn.Module) -> None:
+def open_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_op]:
             del module._forward_pre_hooks[key]
@@ -294,7 +294,7 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"{name or 'the model'} is compiled: simulate first, then compile")
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
+def check_layer(name: str, layer: nn.Module) -> None:
     if hasattr(layer, "simulation"):
         raise ValueError(f"{name or 'the model'} has an attribute named simulation")
     parameters = list(layer.parameters())

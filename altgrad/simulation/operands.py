@@ -26,7 +26,7 @@ from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerBlock, PerTensor
 from ..quantization.magnitudes import amax, percentile
 from ..quantization.ops import quantize
-from ..quantization.scaling import _least_error, factors_of, rounded_scale
+from ..quantization.scaling import factors_of, least_error, rounded_scale
 from ..quantization.two_levels import Levels
 from .recipes import Rule
 
@@ -257,17 +257,11 @@ def find_scales(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule, f: F
         statistic = statistic * rule.headroom
     if rule.scale_format is not None:
         return _two_levels(view, dims, rule, f, statistic)
-    to_scale: Callable[[Tensor], Tensor]
-    if rule.power_of_two is None:
-        to_scale = partial(torch.ops.altgrad.as_scale, max_value=f.max_representable_value)
-    else:
-        to_scale = rounded_scale(statistic, f, rule.power_of_two, None)
-    divisor = _scale_of(view, dims, rule, f, statistic, to_scale)
-    if rule.power_of_two is not None:  # exact in the values, wherever it is constant
+    divisor = _scale_of(view, dims, rule, f, statistic, rounded_scale(statistic, f, rule.power_of_two, None))
+    if rule.power_of_two is not None or not isinstance(rule.per, str):  # a power of two is exact in the values
         return Scales(divisor, divisor, None)
-    if rule.per == "tensor":
-        return Scales(divisor.reshape(()), None, divisor.reshape(()))
-    return Scales(divisor, None, divisor) if rule.per == "row" else Scales(divisor, divisor, None)
+    outer = divisor.reshape(()) if rule.per == "tensor" else divisor
+    return Scales(outer, None, outer)
 
 
 def rounded_amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -309,4 +303,4 @@ def _scale_of(
     to_scale: Callable[[Tensor], Tensor],
 ) -> Tensor:
     factors = factors_of(rule.method, rule.power_of_two)
-    return _least_error(view, dims, f, factors, to_scale) if factors else to_scale(statistic)
+    return least_error(view, dims, f, factors, to_scale) if factors else to_scale(statistic)

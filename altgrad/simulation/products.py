@@ -100,9 +100,8 @@ class _Product(torch.autograd.Function):
             return (None,) * 10
         with torch.no_grad():
             gradients = gradients_of(ctx, grad, *ctx.saved_tensors)
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # compiled backward passes raise by themselves
+        # Compiled backward passes raise by themselves.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             saved = ctx.saved_tensors
             origins = [t for t in (grad, *saved[:2], *saved[len(saved) - ctx.has_origin :]) if t is not None]
             gradients = [None if g is None else _Final.apply(g, *origins) for g in gradients]  # type: ignore[no-untyped-call]
@@ -273,7 +272,7 @@ def _accumulate(left: Operand, right: Operand, accumulator: str, dtype: torch.dt
     if left.scale is not None and right.scale is not None and left.scale.ndim == right.scale.ndim == 0:
         y = y * (left.scale * right.scale)
     else:
-        for scale in (None if right.scale is None else turned(right.scale), left.scale):
+        for scale in (turned(right.scale), left.scale):
             y = y if scale is None else y * scale
     return in_dtype(y if bias is None else y + bias, dtype)
 
@@ -283,9 +282,7 @@ def _multiply(left: Operand, right: Operand, rules: Product, dtype: torch.dtype,
     if not rules.is_simulated:
         return linear(a, b, bias) if b.ndim == 2 else a @ b.mT if bias is None else torch.baddbmm(bias, a, b.mT)
     common = torch.promote_types(a.dtype, b.dtype)
-    scales = [
-        scale for scale in (left.scale, None if right.scale is None else turned(right.scale)) if scale is not None
-    ]
+    scales = [scale for scale in (left.scale, turned(right.scale)) if scale is not None]
     if common.itemsize == 2 and a.is_cuda:
         if not scales and common == dtype and b.ndim == 2:
             return linear(a, b, bias)
@@ -311,6 +308,6 @@ def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y if y.dtype == dtype else y.to(dtype)
 
 
-def turned(scale: Tensor) -> Tensor:
-    """A scale of each row [..., N, 1] as one of each column of the product; that of a tensor as it is."""
-    return transposed(scale) if scale.ndim > 1 else scale
+def turned(scale: Tensor | None) -> Tensor | None:
+    """A scale of each row [..., N, 1] as one of each column of the product; that of a tensor, or none, as it is."""
+    return scale if scale is None or scale.ndim < 2 else transposed(scale)

@@ -1,4 +1,4 @@
-"""What is quantized how: rules of operands, the three products of a layer, and the published recipes as data."""
+"""What is quantized how, as data: rules of operands, the three products of a layer, and recipes of them."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from ..quantization.scaling import METHODS, ScaleOptions, check_options
 
 SOURCES = ("tensor", "forward")
 PRODUCTS = ("forward", "grad_input", "grad_weight")
-Blocks = str | int | tuple[int, int]
 
 
 class _Data:
@@ -60,7 +59,7 @@ class Rule(_Data):
     """
 
     format: str | None
-    per: Blocks = "tensor"
+    per: str | int | tuple[int, int] = "tensor"
     method: str = "amax"
     fraction: float = 0.999
     power_of_two: str | None = None
@@ -76,7 +75,7 @@ class Rule(_Data):
         for name in ("format", "scale_format"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, (value if isinstance(value, FP8Format) else resolve(value)).name)
+                object.__setattr__(self, name, resolve(value).name)
         if isinstance(self.per, list):  # JSON has no tuples
             object.__setattr__(self, "per", tuple(self.per))
         sizes = self.per if isinstance(self.per, tuple) else (self.per, self.per)

@@ -88,9 +88,6 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
 #include "matmul.h"
 #include "wide.h"
 
-#define JOIN(a, b) a##b
-#define FOR_TARGET(name, target) JOIN(name, target)
-
 /* Rows begin to end of a struct rows. Magnitudes are ordered as their bits are, NaN behind infinity. */
 #define LARGEST(TYPE)                                                                                                  \
     for (int64_t row = begin; row < end; row++) {                                                                      \
@@ -103,7 +100,7 @@ static void wide_decode(const struct plan *p, const void *codes, double *values,
         ((TYPE *)rows->out)[row] = most;                                                                               \
     }
 
-void FOR_TARGET(altgrad_amax_, TARGET)(int64_t begin, int64_t end, void *argument) {
+static void run_amax(int64_t begin, int64_t end, void *argument) {
     const struct rows *rows = argument;
     if (rows->width == 2) {
         LARGEST(uint16_t)
@@ -115,10 +112,10 @@ void FOR_TARGET(altgrad_amax_, TARGET)(int64_t begin, int64_t end, void *argumen
 }
 
 /* Groups begin to end of a struct packing. */
-void FOR_TARGET(altgrad_pack_, TARGET)(int64_t begin, int64_t end, void *packing) { pack_range(packing, begin, end); }
+static void run_pack(int64_t begin, int64_t end, void *packing) { pack_range(packing, begin, end); }
 
 /* Words begin to end of a struct words. */
-void FOR_TARGET(altgrad_random_, TARGET)(int64_t begin, int64_t end, void *argument) {
+static void run_random(int64_t begin, int64_t end, void *argument) {
     const struct words *words = argument;
     uint32_t buffer[PHILOX_ROOM];
     for (int64_t n; begin < end; begin += n) {
@@ -150,7 +147,7 @@ static void leave_default(environment caller) { fesetenv(&caller); }
 
 /* Elements begin to end of a struct call, whatever floating-point environment the thread has set; it is restored, its
  * exception flags included. */
-void FOR_TARGET(altgrad_range_, TARGET)(int64_t begin, int64_t end, void *call) {
+static void run_range(int64_t begin, int64_t end, void *call) {
     const struct call *c = call;
     const environment caller = enter_default();
     (c->plan->is_double ? range64 : range32)(c, begin, end);
@@ -158,7 +155,7 @@ void FOR_TARGET(altgrad_range_, TARGET)(int64_t begin, int64_t end, void *call) 
 }
 
 /* Tiles begin to end of a struct product. */
-void FOR_TARGET(altgrad_matmul_, TARGET)(int64_t begin, int64_t end, void *product) {
+static void run_matmul(int64_t begin, int64_t end, void *product) {
     const struct product *p = product;
     const environment caller = enter_default();
     for (; begin < end; begin++) {
@@ -168,15 +165,29 @@ void FOR_TARGET(altgrad_matmul_, TARGET)(int64_t begin, int64_t end, void *produ
 }
 
 /* Strips begin to end of a struct transform. */
-void FOR_TARGET(altgrad_transform_, TARGET)(int64_t begin, int64_t end, void *transform) {
+static void run_transform(int64_t begin, int64_t end, void *transform) {
     const environment caller = enter_default();
     transform_range(transform, begin, end);
     leave_default(caller);
 }
 
 /* Strips begin to end of a struct blocks. */
-void FOR_TARGET(altgrad_blocks_, TARGET)(int64_t begin, int64_t end, void *blocks) {
+static void run_blocks(int64_t begin, int64_t end, void *blocks) {
     const environment caller = enter_default();
     blocks_range(blocks, begin, end);
     leave_default(caller);
 }
+
+#define JOIN(a, b) a##b
+#define FOR_TARGET(name, target) JOIN(name, target)
+
+extern const struct kernels FOR_TARGET(altgrad_, TARGET);
+const struct kernels FOR_TARGET(altgrad_, TARGET) = {
+    .range = run_range,
+    .amax = run_amax,
+    .random = run_random,
+    .matmul = run_matmul,
+    .blocks = run_blocks,
+    .pack = run_pack,
+    .transform = run_transform,
+};

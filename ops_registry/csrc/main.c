@@ -9,36 +9,16 @@
 /* The digest of the files that this was built from; ops_registry/native.py compares it with those beside it. */
 EXPORT const char altgrad_sources[] = SOURCES;
 
-typedef void (*range_function)(int64_t begin, int64_t end, void *call);
 typedef int32_t (*parallel_function)(int64_t begin, int64_t end, int64_t grain, range_function range, void *call);
 
-void altgrad_range_baseline(int64_t begin, int64_t end, void *call);
-void altgrad_amax_baseline(int64_t begin, int64_t end, void *rows);
-void altgrad_random_baseline(int64_t begin, int64_t end, void *words);
-void altgrad_matmul_baseline(int64_t begin, int64_t end, void *product);
-void altgrad_blocks_baseline(int64_t begin, int64_t end, void *blocks);
-void altgrad_pack_baseline(int64_t begin, int64_t end, void *packing);
-void altgrad_transform_baseline(int64_t begin, int64_t end, void *transform);
+extern const struct kernels altgrad_baseline;
 #ifdef ALTGRAD_X86
-void altgrad_range_avx2(int64_t begin, int64_t end, void *call);
-void altgrad_amax_avx2(int64_t begin, int64_t end, void *rows);
-void altgrad_random_avx2(int64_t begin, int64_t end, void *words);
-void altgrad_matmul_avx2(int64_t begin, int64_t end, void *product);
-void altgrad_blocks_avx2(int64_t begin, int64_t end, void *blocks);
-void altgrad_pack_avx2(int64_t begin, int64_t end, void *packing);
-void altgrad_transform_avx2(int64_t begin, int64_t end, void *transform);
-void altgrad_range_avx512(int64_t begin, int64_t end, void *call);
-void altgrad_amax_avx512(int64_t begin, int64_t end, void *rows);
-void altgrad_random_avx512(int64_t begin, int64_t end, void *words);
-void altgrad_matmul_avx512(int64_t begin, int64_t end, void *product);
-void altgrad_blocks_avx512(int64_t begin, int64_t end, void *blocks);
-void altgrad_pack_avx512(int64_t begin, int64_t end, void *packing);
-void altgrad_transform_avx512(int64_t begin, int64_t end, void *transform);
+extern const struct kernels altgrad_avx2, altgrad_avx512;
 #endif
 
 enum { GRAIN = 32768 }; /* elements that are worth a thread, as in ATen */
 
-static range_function range, amax, random_words, matmul, blocks, pack, transform;
+static const struct kernels *kernels;
 static parallel_function parallel;
 
 /* Selects the best instruction set, or the one asked for, and torch_parallel_for (NULL: no threads). Returns the name
@@ -50,30 +30,21 @@ EXPORT const char *altgrad_select(const char *target, parallel_function parallel
 #endif
     const struct {
         const char *name;
-        range_function range, amax, random, matmul, blocks, pack, transform;
+        const struct kernels *kernels;
         int is_supported;
     } targets[] = {
 #ifdef ALTGRAD_X86
-        {"avx512", altgrad_range_avx512, altgrad_amax_avx512, altgrad_random_avx512, altgrad_matmul_avx512,
-         altgrad_blocks_avx512, altgrad_pack_avx512, altgrad_transform_avx512,
+        {"avx512", &altgrad_avx512,
          has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", altgrad_range_avx2, altgrad_amax_avx2, altgrad_random_avx2, altgrad_matmul_avx2, altgrad_blocks_avx2,
-         altgrad_pack_avx2, altgrad_transform_avx2, has_avx2},
+        {"avx2", &altgrad_avx2, has_avx2},
 #endif
-        {"baseline", altgrad_range_baseline, altgrad_amax_baseline, altgrad_random_baseline, altgrad_matmul_baseline,
-         altgrad_blocks_baseline, altgrad_pack_baseline, altgrad_transform_baseline, 1},
+        {"baseline", &altgrad_baseline, 1},
     };
     parallel = parallel_for;
     for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
         if (targets[i].is_supported && (target == NULL || strcmp(target, targets[i].name) == 0)) {
-            range = targets[i].range;
-            amax = targets[i].amax;
-            random_words = targets[i].random;
-            matmul = targets[i].matmul;
-            blocks = targets[i].blocks;
-            pack = targets[i].pack;
-            transform = targets[i].transform;
+            kernels = targets[i].kernels;
             return targets[i].name;
         }
     }
@@ -126,37 +97,37 @@ EXPORT void altgrad_run(const struct plan *plan, const struct tensors *t, const 
     int64_t dims[MAX_DIMS][WIDTH] = {{t->n, 1, 0, 1}};
     const int64_t count = arrange(t->ndim, layout, dims);
     struct call call = {plan, t->out, {t->data[X], t->data[SCALE], t->data[RANDOM]}, count > 0 ? count : 1, dims[0]};
-    run(range, t->n, GRAIN, &call);
+    run(kernels->range, t->n, GRAIN, &call);
 }
 
 /* The largest magnitudes of rows of size floats, of width bytes each, that lie side by side. */
 EXPORT void altgrad_amax(int64_t width, int64_t n, int64_t size, void *out, const void *x) {
     struct rows rows = {x, out, width, size};
-    run(amax, n, GRAIN / (size + 1) + 1, &rows);
+    run(kernels->amax, n, GRAIN / (size + 1) + 1, &rows);
 }
 
 /* Packs or unpacks rows of n codes of bits each, which lie side by side. */
 EXPORT void altgrad_pack(int64_t rows, int64_t n, int32_t bits, int32_t unpacks, void *out, const void *in) {
     struct packing packing = {in, out, n, bits, unpacks};
-    run(pack, rows * ((n + 7) / 8), GRAIN / 8, &packing);
+    run(kernels->pack, rows * ((n + 7) / 8), GRAIN / 8, &packing);
 }
 
 /* n random words of a seed. */
 EXPORT void altgrad_random(int64_t n, void *out, uint64_t seed) {
     struct words words = {seed, out};
-    run(random_words, n, GRAIN, &words);
+    run(kernels->random, n, GRAIN, &words);
 }
 
 /* The tiles of a product of panels. */
 EXPORT void altgrad_matmul(struct product *p) {
     const int64_t panels = (p->columns + PANEL - 1) / PANEL, row_tiles = (p->rows + ROWS - 1) / ROWS;
-    run(matmul, p->batch * panels * row_tiles, GRAIN / (ROWS * PANEL * (p->size + 1)) + 1, p);
+    run(kernels->matmul, p->batch * panels * row_tiles, GRAIN / (ROWS * PANEL * (p->size + 1)) + 1, p);
 }
 
 /* The groups of a Hadamard transform, of strips of 1024 elements or, at the end of rows, fewer. */
-EXPORT void altgrad_transform(struct transform *t, int64_t strips) { run(transform, strips, GRAIN / 1024, t); }
+EXPORT void altgrad_transform(struct transform *t, int64_t strips) { run(kernels->transform, strips, GRAIN / 1024, t); }
 
 /* The strips of blocks. */
 EXPORT void altgrad_blocks(struct blocks *b, int64_t strips) {
-    run(blocks, strips, GRAIN / (b->span * b->height + 1) + 1, b);
+    run(kernels->blocks, strips, GRAIN / (b->span * b->height + 1) + 1, b);
 }

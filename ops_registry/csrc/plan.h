@@ -111,4 +111,10 @@ struct product {
 };
 enum { PANEL = 16, ROWS = 32 }; /* columns that lie side by side in b, and rows that they are read for at once */
 
+/* What kernels.c has for one instruction set. */
+typedef void (*range_function)(int64_t begin, int64_t end, void *argument);
+struct kernels {
+    range_function range, amax, random, matmul, blocks, pack, transform;
+};
+
 #endif
