@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from altgrad.quantization import compute_scale, quantization_stats, quantize_blocks
+from altgrad.quantization import PerAxis, compute_scale, quantization_stats, quantize, quantize_blocks
 from altgrad.report import assign, candidate, measure
 from altgrad.simulation import register, simulate
 
@@ -182,6 +182,102 @@ def test_a_layer_behind_the_first_gradient_is_named(net, batches):
     assert report.left_out == [("conv", "no gradient reached it")]
 
 
+def test_layers_that_are_not_measured_are_named(net, batches):
+    """Without a form, never called, with a forward of its own, of numbers that no format has."""
+    net.unused, net.lstm = nn.Linear(4, 4), nn.LSTM(4, 4)
+    net.complex = nn.Linear(2, 2, dtype=torch.complex64)
+    net.hooked = nn.Linear(4, 4)
+    net.hooked.forward = F.relu
+    report = measure(net, batches, loss, ["E4M3"])
+    assert report.left_out == [
+        ("unused", "it was not called"),
+        ("lstm", "it has no simulated form"),
+        ("complex", "it has a weight of torch.complex64: is it quantized?"),
+        ("hooked", "it has a forward of its own, which would be called instead"),
+    ]
+
+
+def squared_gradients_times_errors(weight, gradients, format):
+    error = quantize(weight, format, compute_scale(weight, format, granularity=PerAxis(0))) - weight
+    return sum(float((g.double() * error.double()).square().sum()) for g in gradients) / len(gradients)
+
+
+@pytest.mark.parametrize("way", ["plain", "autocast", "parametrized"])
+def test_a_weight_of_several_calls_is_one(net, batches, way):
+    """Also where each call makes another tensor of it."""
+    net.eval()
+    if way == "parametrized":
+        nn.utils.parametrizations.weight_norm(net.again)
+
+    def loss(model, batch):
+        with torch.autocast("cpu", enabled=way == "autocast"):
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+    entry = score(measure(net, batches, loss, ["E2M1@row"]), "again", "forward.w")["E2M1@row"]
+    plain = copy.deepcopy(net)
+    if way == "parametrized":
+        nn.utils.parametrize.remove_parametrizations(plain.again, "weight")
+    gradients = [torch.autograd.grad(loss(plain, batch), plain.again.weight)[0] for batch in batches]
+    stored = plain.again.weight.detach().to(torch.bfloat16 if way == "autocast" else torch.float32)
+    wanted = squared_gradients_times_errors(stored, gradients, "E2M1")
+    assert entry.sensitivity == pytest.approx(wanted, rel=0.02 if way == "autocast" else 1e-5)
+
+
+def test_backward_passes_within_the_loss_do_not_count(net, batches):
+    net.eval()
+
+    def attacked(model, batch):
+        x = batch[0].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), batch[1], reduction="sum"), x)
+        return loss(model, ((x + 0.1 * gradient.sign()).detach(), batch[1]))
+
+    shifted = []
+    for x, y in batches:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(net, (x, y)), x)
+        shifted.append(((x + 0.1 * gradient.sign()).detach(), y))
+    assert measure(net, batches, attacked, CANDIDATES).layers == measure(net, shifted, loss, CANDIDATES).layers
+
+
+def test_the_input_of_a_frozen_layer_that_is_written_to():
+    layer = nn.Linear(4, 4)
+    layer.requires_grad_(False)
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+
+    def forward(x):
+        x = model[0](x)
+        x += model[1](x)
+        return x
+
+    def apart(x):
+        x = model[0](x)
+        return x + model[1](x)
+
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    got = measure(model, [x], lambda _, x: forward(x).square().mean(), CANDIDATES, samples=8)
+    want = measure(model, [x], lambda _, x: apart(x).square().mean(), CANDIDATES, samples=8)
+    assert got.layers == want.layers
+
+
+def test_bits_of_blocks_are_those_of_each_group():
+    """A scale of E4M3@128x128 is that of one group of a convolution, here of 9 weights."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(64, 64, 3, groups=64)
+    report = measure(model, [torch.randn(2, 64, 8, 8)], lambda model, x: model(x).square().mean(), ["E4M3@128x128"])
+    assert score(report, "", "forward.w")["E4M3@128x128"].bits == 8 + 32 / 9
+
+
+def test_samples():
+    """The output's dimensions but the last, or its only one; where the model itself is not called, nobody knows."""
+    model = nn.Linear(4, 1)
+    batches = [torch.ones(6, 4)]
+    assert measure(model, batches, lambda model, x: model(x).square().mean(), ["E4M3"]).samples == 6
+    model = nn.Sequential(model, nn.Flatten(0))
+    assert measure(model, batches, lambda model, x: model(x).square().mean(), ["E4M3"]).samples == 6
+    with pytest.warns(UserWarning, match="loss does not call the model itself: give samples"):
+        assert measure(model, batches, lambda model, x: model[0](x).square().mean(), ["E4M3"]).samples == 1
+
+
 def test_an_expert_without_tokens():
     torch.manual_seed(0)
     experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
@@ -191,8 +287,8 @@ def test_an_expert_without_tokens():
         return torch.cat([model[0](x), model[1](x[:n])]).square().mean()
 
     x = torch.randn(4, 32)
-    none, both = (measure(experts, [(x, n) for n in counts], loss, CANDIDATES) for counts in ([0], [0, 4]))
-    full = measure(experts, [(x, 4)], loss, CANDIDATES)
+    none, both = (measure(experts, [(x, n) for n in counts], loss, CANDIDATES, samples=1) for counts in ([0], [0, 4]))
+    full = measure(experts, [(x, 4)], loss, CANDIDATES, samples=1)
     assert [x.operand for x in none.layers if x.name == "1"] == ["forward.w", "grad_input.w"]
     assert {entry.sensitivity for entry in score(none, "1", "forward.w").values()} == {0.0}
     for operand in ("forward.x", "forward.w"):

@@ -4,12 +4,13 @@ The layers run their products by :mod:`altgrad.simulation` with a recipe that ro
 are: those that ``simulate`` will round, in its orientation, rows by contraction.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..simulation import Recipe, SimulationState
 from ..simulation.coverage import unchanged
-from ..simulation.layers import Simulated, kind_of, switch, switch_back
-from ..simulation.model import check_layer, close_fast_paths, open_fast_paths
+from ..simulation.layers import Kind, Simulated, kind_of, lacks_form, switch, switch_back
+from ..simulation.model import close_fast_paths, open_fast_paths, reason_against
 from ..simulation.watch import recorders
 from .candidates import DEFAULT, Candidate, candidates_of
 from .results import Layer, LeftOut, Report
@@ -38,7 +39,8 @@ def measure(
     product contracts. Layers are those that :func:`altgrad.simulation.simulate` can switch. For the operands of the
     forward product a sensitivity says what an error does to the loss: the sum of squared gradient times squared error,
     the mean over batches; ``samples / 2`` times it estimates by how much the loss grows. Of a layer that got no tokens
-    (an expert of a mixture) the weight alone is reported, with a sensitivity of 0.
+    (an expert of a mixture) the weight alone is reported, with a sensitivity of 0. The weight of a layer that is called
+    several times is one, with the sum of its gradients. Backward passes inside loss (of an attack, say) do not count.
 
     Nothing is changed: gradients are not accumulated, buffers and the state of random generators are restored. Compiled
     parts run without their compiled code. Beside the model a float32 copy of all weights is needed. The same model and
@@ -49,7 +51,8 @@ def measure(
         batches: what loss takes.
         loss: (model, batch) -> 0-d tensor, the mean loss of a batch.
         candidates: names or spellings, see :func:`candidate`.
-        samples: how many terms a batch's loss is the mean of. 0: all dimensions of the model's output but the last.
+        samples: how many terms a batch's loss is the mean of. 0: as many as the model's output has in all dimensions
+            but the last, or in its only one; where loss calls the model's parts alone, 1, with a warning.
 
     Raises:
         TypeError: model is no module, candidates no list of strings, samples no integer.
@@ -75,17 +78,19 @@ def measure(
     if samples < 0:
         raise ValueError(f"samples must be 0 or more, got {samples}")
     chosen = candidates_of(candidates)
+    layers, left_out = _layers_of(model)
     recording = _Recording(chosen)
     total, count = 0.0, 0
     sizes: list[float] = []
-    with _recorded(model, recording), _sizes(model, sizes):
+    with _recorded(model, layers, recording), _sizes(model, sizes):
         leaves = [p for p in model.parameters() if p.requires_grad]
         if not leaves:
             raise ValueError("no parameter of the model requires a gradient")
         for batch in batches:
             try:
                 value = loss(model, batch)
-                torch.autograd.grad(value, leaves, allow_unused=True)
+                with recording.counting():
+                    torch.autograd.grad(value, leaves, allow_unused=True)
                 total += float(value.detach())
             except Exception as error:
                 line = str(error).strip().partition("\n")[0]
@@ -94,12 +99,16 @@ def measure(
             count += 1
     if count == 0:
         raise ValueError("batches must not be empty")
-    layers = recording.layers(count)
-    if not layers:
+    found = recording.layers(count)
+    if not found:
         raise ValueError("no gradient reached a layer")
-    left_out = [LeftOut(name, "no gradient reached it") for name in recording.names - {x.name for x in layers}]
+    for name in layers.keys() - {layer.name for layer in found}:
+        left_out[name] = "no gradient reached it" if name in recording.names else "it was not called"
+    if not samples and not sizes:
+        warn("loss does not call the model itself: give samples, without which predictions take 1", stacklevel=2)
+    reasons = [LeftOut(name, left_out[name]) for name, _ in _named_modules(model) if name in left_out]
     mean_size = samples or (sum(sizes) / len(sizes) if sizes else 1)
-    return Report(type(model).__name__, [c.name for c in chosen], layers, left_out, total / count, mean_size)
+    return Report(type(model).__name__, [c.name for c in chosen], found, reasons, total / count, mean_size)
 
 
 @dataclass
@@ -128,8 +137,9 @@ class _Operand:
                 of_part, wide = None if gradients is None else next(gradients), part.double()
                 for tally, c, scale_of in zip(self.tallies, chosen, functions):
                     add(tally, part, wide, c, scale_of, of_part)
-        for i, c in enumerate(chosen):
-            self.bits[i] += x.numel() * c.bits(x.numel() // x.shape[-1], x.shape[-1])
+        for i, c in enumerate(chosen):  # blocks do not span matrices
+            rows = x.numel() // x.shape[-1] if isinstance(c.rule.per, str) else x.shape[-2]
+            self.bits[i] += x.numel() * c.bits(rows, x.shape[-1])
 
 
 @dataclass
@@ -147,20 +157,29 @@ class _Recording:
 
     chosen: list[Candidate]
     operands: dict[tuple[str, str], _Operand] = field(default_factory=dict)
-    weights: dict[tuple[str, int], _Weight] = field(default_factory=dict)
-    seen: dict[tuple[Any, ...], int] = field(default_factory=dict)  # the weights of this batch: the how-manieth
+    weights: dict[tuple[str, int], _Weight] = field(default_factory=dict)  # by the product that they are of
     names: set[str] = field(default_factory=set)
+    counts: bool = False
 
-    def hear(self, x: Tensor, w: Tensor, recipe: Recipe, y: Tensor) -> None:
+    def hear(self, x: Tensor, w: Tensor, recipe: Recipe, number: int, y: Tensor) -> None:
         """x [..., tokens, in], w [..., out, in]; the recipe's name is that of the layer."""
         self.names.add(recipe.name)
         if y.requires_grad:
-            # Autocast makes another tensor of a weight for each batch, so its place in the batch says which it is.
-            place = (recipe.name, w.data_ptr(), w.shape, w.stride())
-            index = self.seen.setdefault(place, sum(name == recipe.name for name, *_ in self.seen))
-            y.register_hook(partial(self.count, recipe.name, index, x.detach(), w.detach()))
+            # Autograd does not keep the input of a frozen weight, so the model may write to it before the hook runs.
+            x = x.detach() if w.requires_grad else x.detach().clone()
+            y.register_hook(partial(self.count, recipe.name, number, x, w.detach()))
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        self.counts = True
+        try:
+            yield
+        finally:
+            self.counts = False
 
     def count(self, name: str, index: int, x: Tensor, w: Tensor, dy: Tensor) -> None:
+        if not self.counts:
+            return
         with torch.no_grad():
             g, compute = dy.detach(), torch.promote_types(dy.dtype, torch.float32)
             self.add(name, "forward.x", x, g.to(compute) @ w.to(compute))
@@ -185,7 +204,6 @@ class _Recording:
         for weight in self.weights.values():
             weight.norm.hypot_(weight.gradient)  # squares would leave the range of float32
             weight.gradient.zero_()
-        self.seen.clear()
 
     def layers(self, batches: int) -> list[Layer]:
         """A layer of the report for each operand, in the order of the layers' first gradients reversed."""
@@ -208,19 +226,33 @@ class _Recording:
         return Layer(name, operand, counted.shape, counted.dtype, *numbers, scores)
 
 
-@contextmanager
-def _recorded(model: nn.Module, recording: _Recording) -> Iterator[None]:
-    """The model with layers that the recording hears of; everything is restored."""
-    layers = {}
-    for name, layer in model.named_modules():
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by the names that they have where no part is compiled."""
+    for name, module in model.named_modules():
+        yield name.replace("_orig_mod.", ""), module
+
+
+def _layers_of(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, Kind]], dict[str, str]]:
+    """The layers that can be simulated, and why others cannot."""
+    layers, left_out = {}, {}
+    for name, layer in _named_modules(model):
         if isinstance(layer, Simulated):
             raise ValueError(f"{name or 'the model'} is simulated: restore the model first")
         kind = kind_of(type(layer))
-        if kind is not None:
-            check_layer(name, layer)
-            layers[name.replace("_orig_mod.", "")] = layer, kind
+        if lacks_form(layer):
+            left_out[name] = "it has no simulated form"
+        elif kind is not None and (reason := reason_against(layer)):
+            left_out[name] = f"it {reason}"
+        elif kind is not None:
+            layers[name] = layer, kind
     if not layers:
         raise ValueError("the model has no layer that can be simulated")
+    return layers, left_out
+
+
+@contextmanager
+def _recorded(model: nn.Module, layers: Mapping[str, tuple[nn.Module, Kind]], recording: _Recording) -> Iterator[None]:
+    """The model with layers that the recording hears of; everything is restored."""
     switched: list[nn.Module] = []
     recorders.append(recording.hear)
     try:
@@ -239,12 +271,12 @@ def _recorded(model: nn.Module, recording: _Recording) -> Iterator[None]:
 
 @contextmanager
 def _sizes(model: nn.Module, sizes: list[float]) -> Iterator[None]:
-    """Collects how many rows the model's outputs have."""
+    """Collects how many rows the model's outputs have, vectors how many numbers."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         first = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.ndim > 0), None)
         if first is not None:
-            sizes.append(first.numel() / max(first.shape[-1], 1))
+            sizes.append(first.numel() / (max(first.shape[-1], 1) if first.ndim > 1 else 1))
 
     handle = model.register_forward_hook(hook)
     try:

@@ -170,6 +170,12 @@ def switch_back(layer: Any) -> None:
     layer.__class__ = original_class(type(layer))
 
 
+def lacks_form(layer: nn.Module) -> bool:
+    """Whether it computes products that none of KINDS does: a layer of torch, or one derived from a class in KINDS."""
+    derived = any(base is not nn.Module and kind_of(base) for base in type(layer).__mro__)
+    return isinstance(layer, WITHOUT_FORM) or (derived and kind_of(type(layer)) is None)
+
+
 def device_of(layer: Any) -> torch.device:
     return next(layer.parameters()).device
 

@@ -14,11 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from ..quantization.granularity import is_integer
 from .layers import (
-    WITHOUT_FORM,
     Kind,
     Simulated,
     device_of,
     kind_of,
+    lacks_form,
     original_class,
     shape_of,
     simulated_class,
@@ -67,9 +67,7 @@ class Simulation:
                 why = "its attention is" if name in unseen else "no pattern, or skipped"
                 recipe = layer.simulation.recipe.name if simulated else f"high precision: {why}"
                 rows.append(Row(name, kind.name, shape_of(layer, kind), recipe))
-            elif isinstance(layer, WITHOUT_FORM) or any(
-                base is not nn.Module and kind_of(base) for base in cls.__mro__
-            ):
+            elif lacks_form(layer):
                 rows.append(Row(name, cls.__name__, (), "high precision: no simulated form"))
         return rows
 
@@ -175,9 +173,8 @@ def simulate(
     states = {}
     for name, chosen_recipe in chosen.items():
         layer, kind = layers[name]
-        check_layer(name, layer)
-        if "forward" in vars(layer):
-            raise ValueError(f"{name or 'the model'} has a forward of its own, which would be called instead")
+        if reason := reason_against(layer):
+            raise ValueError(f"{name or 'the model'} {reason}")
         simulated_class(type(layer))
         states[name] = SimulationState(
             chosen_recipe.forward_only() if forward_only else chosen_recipe,
@@ -294,17 +291,19 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"{name or 'the model'} is compiled: simulate first, then compile")
 
 
-def check_layer(name: str, layer: nn.Module) -> None:
+def reason_against(layer: nn.Module) -> str | None:
+    """Why a layer of a class in KINDS cannot be simulated."""
+    if "forward" in vars(layer):
+        return "has a forward of its own, which would be called instead"
     if hasattr(layer, "simulation"):
-        raise ValueError(f"{name or 'the model'} has an attribute named simulation")
+        return "has an attribute named simulation"
     parameters = list(layer.parameters())
     if not parameters:
-        raise ValueError(f"{name or 'the model'}, a {type(layer).__name__}, has no parameters: is it quantized?")
-    for parameter in parameters:
-        if is_lazy(parameter):
-            raise ValueError(f"{name or 'the model'} is not initialized: run the model once")
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name or 'the model'} has a weight of {parameter.dtype}: is it quantized?")
+        return f"is a {type(layer).__name__} without parameters: is it quantized?"
+    if any(is_lazy(parameter) for parameter in parameters):
+        return "is not initialized: run the model once"
+    dtypes = [parameter.dtype for parameter in parameters if not parameter.is_floating_point()]
+    return f"has a weight of {dtypes[0]}: is it quantized?" if dtypes else None
 
 
 def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: list[str]) -> dict[str, Recipe]:

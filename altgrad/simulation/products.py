@@ -47,7 +47,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe, state: Pr
     operands = [None if t is None else differentiated(t) for t in (a, b, bias)]
     y = _Product.apply(*operands, *state, recipe, torch.is_grad_enabled())[0]  # type: ignore[no-untyped-call]
     for record in recorders:
-        record(a, b, recipe, y)
+        record(a, b, recipe, state.number, y)
     return y
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 observers: list[Callable[[bool], Any]] = []
-# Each is called with what product was called with, a and b and the recipe, and with its result.
-recorders: list[Callable[[Tensor, Tensor, Any, Tensor], Any]] = []
+# Each is called with a and b, the recipe and the number of a product, and with its result.
+recorders: list[Callable[[Tensor, Tensor, Any, int, Tensor], Any]] = []
 
 
 def announce(is_simulated: bool) -> None:
