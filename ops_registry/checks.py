@@ -43,11 +43,17 @@ def check_quantize(
     return resolve(format)
 
 
+def check_modes(saturation: Any, rounding: Any) -> None:
+    """Checks that they are names, of what there is."""
+    for name, mode, known in (("saturation", saturation, SATURATIONS), ("rounding", rounding, ROUNDINGS)):
+        if not isinstance(mode, str):
+            raise TypeError(f"{name} must be a name, got {mode!r}")
+        if mode not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {mode!r}")
+
+
 def _check_modes(x: Tensor, saturation: str, rounding: str, random_bits: Tensor | None) -> None:
-    if saturation not in SATURATIONS:
-        raise ValueError(f"saturation must be one of {', '.join(SATURATIONS)}, got {saturation!r}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    check_modes(saturation, rounding)
     if random_bits is not None:
         _check_random_bits(random_bits, x)
     elif rounding == "stochastic":

@@ -21,6 +21,7 @@ from altgrad.quantization import (
     decode,
     dequantize,
     encode,
+    encode_blocks,
     quantize,
     quantize_blocks,
     quantize_gradient,
@@ -90,6 +91,8 @@ def test_what_is_refused_draws_nothing():
         lambda: quantize(x, E5M2, saturation="all", **stochastic),
         lambda: quantize_gradient(x, "E9M9", lambda grad: grad.abs().amax(), **stochastic),
         lambda: quantize_blocks(x, E5M2, granularity=PerBlock((2, 2, 2)), **stochastic),
+        lambda: quantize_blocks(x, E5M2, granularity=PerBlock(2), saturation="all", **stochastic),
+        lambda: encode_blocks(x, E5M2, granularity=PerBlock(2), saturation="all", **stochastic),
     ):
         with pytest.raises((TypeError, ValueError)):
             call()

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
-from ops_registry.checks import check_tensor
+from ops_registry.checks import check_modes, check_tensor
 
 from .formats import E8M0, FP8Format, resolve
 from .granularity import Granularity, check_granularity
-from .ops import check_modes, decode, drawn_bits, encode, pack, unpack
+from .ops import decode, drawn_bits, encode, pack, unpack
 from .scaling import ScaleOptions, compute_scale, in_one_pass, levels_of, scaler
 from .two_levels import multiplied
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops_registry.arithmetic import compute_dtype
 from ops_registry.autograd import RULES, differentiated, entry
-from ops_registry.checks import check_quantize, check_tensor
+from ops_registry.checks import check_modes, check_quantize, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import SEED
 from ops_registry.operators import blocks_of
@@ -429,13 +429,6 @@ def _compact(name: str, x: Tensor, scale: Tensor | float, granularity: PerBlock)
         got = tuple(scale.shape) if isinstance(scale, Tensor) else scale
         raise ValueError(f"scale must have one element for each {granularity} of {name}: the shape {wanted}, got {got}")
     return scale
-
-
-def check_modes(saturation: Any, rounding: Any) -> None:
-    """That they are names; the operators know which."""
-    for name, mode in (("saturation", saturation), ("rounding", rounding)):
-        if not isinstance(mode, str):
-            raise TypeError(f"{name} must be a name, got {mode!r}")
 
 
 def drawn_bits(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ops_registry.autograd import entry
-from ops_registry.checks import FLOAT_DTYPES, check_number, check_tensor
+from ops_registry.checks import FLOAT_DTYPES, check_modes, check_number, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import POWER_OF_TWO_RULES, SEED
 from ops_registry.scales import as_power_of_two
@@ -16,7 +16,7 @@ from ops_registry.scales import as_power_of_two
 from .formats import FP8Format, resolve
 from .granularity import Granularity, PerTensor, check_granularity, has_whole_blocks
 from .magnitudes import amax, percentile
-from .ops import check_modes, drawn_bits, quantize
+from .ops import drawn_bits, quantize
 from .two_levels import ARITHMETICS, FOUR_OVER_SIX, Levels, quantize_multiplied
 
 METHODS = ("amax", "percentile", "mse", "four_over_six")
