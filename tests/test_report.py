@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from altgrad.quantization import compute_scale, quantization_stats
+from altgrad.quantization import compute_scale, encode_blocks, quantization_stats
 from altgrad.report import DEFAULT, Report, candidate, report_weights
 from altgrad.report import weights as weights_module
 from altgrad.report.tally import PART, one_scale
@@ -298,6 +298,10 @@ def test_spellings_of_candidates():
     assert candidate("MXFP4").bits(3, 33) == 4 + 6 * 8 / 99
     assert candidate("E4M3@row").bits(3, 33) == 8 + 3 * 32 / 99
     assert candidate("E4M3@2x32").bits(3, 33) == 8 + 4 * 32 / 99
+    for name in ("E2M1@16/UE4M3", "E2M1@16/e4m9b7f", "E3M2@8x8/E2M1"):  # scales of 7, 14 and 4 bits
+        c, x = candidate(name), torch.ones(16, 32)
+        stored = encode_blocks(x, c.format, granularity=c.granularity, **c.keywords)
+        assert c.bits(16, 32) == stored.nbytes * 8 / x.numel()
     with pytest.raises(ValueError, match="empty"):
         report_weights("none.pt", [])
     with pytest.raises(TypeError):

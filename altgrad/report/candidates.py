@@ -61,7 +61,10 @@ class Candidate:
         return {"power_of_two": self.rule.power_of_two, "scale_format": self.rule.scale_format}
 
     def bits(self, rows: int, columns: int) -> float:
-        """Bits of storage for an element of a matrix, its share of the scales included (float32 where not rounded)."""
+        """Bits of storage for an element of a matrix, its share of the scales included.
+
+        A scale is a whole number of bytes, as in :func:`altgrad.quantization.encode_blocks`: float32 where not rounded.
+        """
         if self.rule.per == "tensor":
             scales = 1
         elif self.rule.per == "row":
@@ -73,7 +76,7 @@ class Candidate:
         if self.rule.power_of_two is not None:
             width = 8
         elif self.rule.scale_format is not None:
-            width, of_tensor = resolve(self.rule.scale_format).bits, 32
+            width, of_tensor = -(-resolve(self.rule.scale_format).bits // 8) * 8, 32
         else:
             width = 32
         return self.format.bits + (scales * width + of_tensor) / (rows * columns)
