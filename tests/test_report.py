@@ -189,6 +189,9 @@ def test_json_there_and_back(tmp_path):
     assert "NaN" not in text and "Infinity" not in text
     assert Report.from_json(text).to_json() == text
     assert Report.from_json(text).layers[1].scores["E4M3"].sqnr == math.inf
+    for loss in (0.5, math.inf, math.nan):
+        report.loss = loss
+        assert repr(Report.from_json(report.to_json()).loss) == repr(loss)
 
 
 def test_shards_and_folders(tmp_path):

@@ -198,7 +198,8 @@ def test_module_without_the_extra():
 
 
 def test_reading_json_that_is_no_report():
-    for text in ("", "[]", "{}", json.dumps({"layers": [{}]})):
+    low = {"source": "", "candidates": [], "layers": [], "left_out": [], "loss": "low"}
+    for text in ("", "[]", "{}", json.dumps({"layers": [{}]}), json.dumps(low)):
         with pytest.raises(ValueError, match="not a report"):
             Report.from_json(text)
 

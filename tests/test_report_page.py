@@ -23,7 +23,9 @@ def page_file(tmp_path_factory):
     tensors["</script><b>.weight"] = torch.ones(4, 4)
     torch.save({**tensors, "bias": torch.ones(3), "steps": torch.tensor(1)}, folder / "model.pt")
     report = report_weights(folder / "model.pt", ["E0M7", "E4M3", "MXFP4"])
-    (folder / "report.html").write_text(render(report, assign(report, 6)))
+    choice = assign(report, 6)
+    report.loss, choice.loss = float("inf"), 0.25  # as if of data
+    (folder / "report.html").write_text(render(report, choice))
     return folder / "report.html"
 
 
@@ -148,6 +150,7 @@ def test_names_are_text_and_what_is_broken_or_recommended_is_marked(run):
     assert chosen == 4
     assert problem == " 1 NaN, 0 inf"
     assert "bits for weights on average" in summary and "1 have NaN or infinities" in summary
+    assert "Loss Infinity, with the recommended recipes 0.25000." in summary
 
 
 @pytest.mark.compiles

@@ -98,8 +98,9 @@ class Report:
             data = json.loads(text)
             data["layers"] = [_layer(layer) for layer in data["layers"]]
             data["left_out"] = [LeftOut(*entry) for entry in data["left_out"]]
+            data["loss"] = _number(data.get("loss"))
             return cls(**data)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a report: {error}") from error
 
 
