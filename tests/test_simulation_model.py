@@ -727,6 +727,16 @@ def test_bad_input_to_the_others():
         restore(model)
 
 
+def test_the_table_of_a_parametrized_layer_changes_nothing():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4)))
+    model[0].parametrizations.weight.eval()
+    model[0].parametrizations.weight[0].train()
+    before = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    assert simulate(model, "mxfp8").rows[0].shape == (4, 8)
+    assert all(x.equal(before[0][name]) for name, x in model.state_dict().items())
+    assert [module.training for module in model.modules()] == before[1]
+
+
 def test_the_name_of_a_layer_is_no_pattern_for_others():
     """b[0] is a pattern of shells for b0, which so got the recipe of the other."""
     model = nn.ModuleDict({"b[0]": nn.Linear(8, 8), "b0": nn.Linear(8, 8)})

@@ -181,5 +181,13 @@ def device_of(layer: Any) -> torch.device:
 
 
 def shape_of(layer: nn.Module, kind: Kind) -> tuple[int, ...]:
-    weight = getattr(layer, kind.weight)
+    """That of the weight, read as in evaluation: in training spectral_norm changes its buffers whenever it is read."""
+    training = [module for module in layer.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        weight = getattr(layer, kind.weight)
+    finally:
+        for module in training:
+            module.training = True
     return () if weight is None else tuple(weight.shape)
