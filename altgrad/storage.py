@@ -38,9 +38,10 @@ def save(
 ) -> None:
     """Writes a model's tensors to a safetensors file, its weights in a block format: ``save(model, path, MXFP4)``.
 
-    Encoded are floating-point tensors of two dimensions and more, by :func:`altgrad.quantization.encode_blocks`;
-    biases, norms, counters and ``Blocks`` stay as they are. Tensors of one memory (tied weights) are written once.
-    The file appears under its name when it is whole, and until then one of that name stays as it was.
+    Encoded are floating-point tensors of two dimensions and more, a module's buffers too, by
+    :func:`altgrad.quantization.encode_blocks`. Biases, norms, counters, ``Blocks``, and what has infinities or NaN (a
+    causal mask), of which a block would become NaN, stay as they are. Tensors of one memory (tied weights) are
+    written once. The file appears under its name when it is whole, and until then one of that name stays as it was.
 
     Args:
         model: a module, whose state dict is taken, or a state dict, in which tensors may be ``Blocks`` already.
@@ -156,8 +157,8 @@ def _check(name: str, value: Any) -> None:
 
 def _chosen(
     state: Mapping[str, Any], formats: BlockFormat | Mapping[str, BlockFormat | None] | None
-) -> dict[str, BlockFormat | None]:
-    """The format of each weight."""
+) -> dict[str, BlockFormat]:
+    """The format of each weight that is encoded."""
     if formats is None:
         return {}
     if not isinstance(formats, Mapping):
@@ -170,7 +171,8 @@ def _chosen(
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in weights):
             raise ValueError(f"pattern {pattern!r} matches no weight: {', '.join(weights) or 'there is none'}")
-    return {name: next((f for p, f in patterns.items() if fnmatchcase(name, p)), None) for name in weights}
+    chosen = {name: next((f for p, f in patterns.items() if fnmatchcase(name, p)), None) for name in weights}
+    return {name: f for name, f in chosen.items() if f is not None and state[name].isfinite().all()}
 
 
 def _place(name: str, value: Tensor | Blocks) -> Any:

@@ -126,6 +126,19 @@ def test_patterns(path):
         storage.save(model, path, {"bod": MXFP4})
 
 
+def test_what_is_not_finite_stays_as_it_is(path):
+    """A causal mask and a weight with one NaN; their blocks would be NaN."""
+    model = nn.Linear(32, 32)
+    model.register_buffer("mask", torch.full((32, 32), -math.inf).triu(1))
+    state = model.state_dict() | {"nan": torch.randn(4, 32)}
+    state["nan"][1, 2] = math.nan
+    for formats in (NVFP4, {"mask": NVFP4, "*": NVFP4}):
+        storage.save(state, path, formats)
+        loaded = storage.load(path)
+        for name, want in state.items():
+            assert_same_bits(loaded[name], quantize_blocks(want, **NVFP4) if name == "weight" else want)
+
+
 def test_tied_tensors_are_written_once(path):
     model = Model()
     storage.save(model, path, MXFP4)
