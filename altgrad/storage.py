@@ -53,7 +53,7 @@ def save(
         TypeError: an entry that is no tensor (a module's extra state), a DTensor, without data (meta, sparse), or of a
             dtype that safetensors has not.
         ValueError: a pattern that matches no weight, tied weights of different formats, names that would collide in the
-            file, and what ``encode_blocks`` refuses.
+            file, a name or path that is not UTF-8, and what ``encode_blocks`` refuses.
         OSError: the file cannot be written.
 
     Example:
@@ -71,6 +71,7 @@ def save(
     """
     if not isinstance(model, nn.Module | Mapping):
         raise TypeError(f"model must be a module or a state dict, got {type(model).__name__}")
+    _check_text("path", str(path))
     state: dict[str, Any] = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     for name, value in state.items():
         _check(name, value)
@@ -142,6 +143,7 @@ def load(path: str | Path, *, decode: bool = True, device: torch.device | str = 
 def _check(name: str, value: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f"names must be strings, got {name!r}")
+    _check_text("names", name)
     if name == "__metadata__":
         raise ValueError("safetensors keeps the name '__metadata__' for itself: rename that tensor")
     for tensor in _parts(name, value).values():
@@ -153,6 +155,13 @@ def _check(name: str, value: Any) -> None:
             raise TypeError(
                 f"{name} must be a strided tensor with data, got layout {tensor.layout}, device {tensor.device}"
             )
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} must be text in UTF-8, which safetensors takes, got {text!r}") from error
 
 
 def _chosen(

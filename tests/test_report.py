@@ -262,6 +262,7 @@ def bad_files(folder):
         "foreign.safetensors": b"PK\x03\x04 no tensors here",
         "huge.safetensors": struct.pack("<Q", 1 << 62),
         "empty.safetensors": b"",
+        "empty.pt": b"",
         "truncated.pt": (folder / "good.pt").read_bytes()[:-500],
         "foreign.pt": b"hello\nworld",
         "page.html": b"<p>",
@@ -283,8 +284,14 @@ def test_bad_files_are_one_line(tmp_path, capfd):
     for path in bad_files(tmp_path):
         with pytest.raises(ValueError, match=path.name) as raised:
             report_weights(path, ["E4M3"])
-        assert "\n" not in str(raised.value), path
+        assert "\n" not in str(raised.value) and not str(raised.value).endswith(": "), path
     assert "executed" not in capfd.readouterr().out
+
+
+def test_a_pickled_model_is_named(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"it holds torch\.nn\.\S+Linear; of a model, save the state_dict$"):
+        report_weights(tmp_path / "model.pt", ["E4M3"])
 
 
 @pytest.mark.parametrize("name", ["E9M9", "MXFP5", "E4M3@0", "E4M3@column", "E4M3@32/up", "E4M3@", ""])

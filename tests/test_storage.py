@@ -213,6 +213,9 @@ def test_what_is_not_saved(path, monkeypatch):
     refused(path, TypeError, "unexpected keyword argument 'metod'", {"w": w}, {"*": MXFP4 | {"metod": "mse"}})
     refused(path, TypeError, "model must be a module or a state dict, got int", 3)
     refused(path, TypeError, "names must be strings, got 1", {1: w})
+    refused(path, ValueError, r"names must be text in UTF-8, .* got '\\udc80'", {"\udc80": w})
+    with pytest.raises(ValueError, match=r"path must be text in UTF-8, .* got '.*\\udcff'"):
+        storage.save({"w": w}, path.with_name("\udcff"))
     with pytest.raises(ValueError, match="device must be one that holds data, got meta"):
         storage.load(path, device="meta")
     refused(path, ValueError, "at most 8 bits", {"w": w}, {"format": "FP16", "granularity": PerBlock(4)})

@@ -4,6 +4,7 @@ Nothing in a file is executed: pickles are read by torch's ``weights_only`` load
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,9 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
+    if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):  # behind lines of advice
+        return f"it holds {found[1]}; of a model, save the state_dict"
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
     return text if len(text) < 160 else f"{text[:157]}..."
 
 
