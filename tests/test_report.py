@@ -208,6 +208,48 @@ def test_shards_and_folders(tmp_path):
     assert_as_by_hand(by_index, tensors)
 
 
+def trained():
+    """A model's and its optimizer's state."""
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return model.state_dict(), optimizer.state_dict()
+
+
+def test_folders_of_libraries(tmp_path):
+    """The weights, not an optimizer's state, one precision of several, not what lies beside."""
+    model, optimizer = trained()
+    half = {name: x.half() for name, x in model.items()}
+    torch.save(optimizer, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="no weights in the folder"):
+        report_weights(tmp_path, ["E4M3"])
+    torch.save(model, tmp_path / "last.bin")
+    found = report_weights(tmp_path, ["E4M3"])
+    assert [layer.name for layer in found.layers] == ["weight", "bias"]
+    torch.save(half, tmp_path / "part.bin")
+    with pytest.raises(ValueError, match=r"weight is in last\.bin and in part\.bin: give one of them itself"):
+        report_weights(tmp_path, ["E4M3"])
+    for name in ("pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.safetensors"):
+        torch.save(model, tmp_path / name) if name.endswith("bin") else safetensors.save_file(model, tmp_path / name)
+        safetensors.save_file(half, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+        (tmp_path / "last.bin").write_bytes(b"not read")
+        found = report_weights(tmp_path, ["E4M3"])
+        assert {layer.name: layer.dtype for layer in found.layers} == {"weight": "float32", "bias": "float32"}
+
+
+def test_states_of_optimizers_are_left_out(tmp_path):
+    model, optimizer = trained()
+    torch.save({"model": model, "optimizers": [optimizer]}, tmp_path / "a.pt")
+    report = report_weights(tmp_path / "a.pt", ["E4M3"])
+    assert [layer.name for layer in report.layers] == ["model.weight", "model.bias"]
+    assert [(entry.name, entry.reason.partition(":")[0]) for entry in report.left_out] == [
+        ("optimizers.0", "state of an optimizer")
+    ]
+    torch.save(optimizer, tmp_path / "a.pt")  # asked for itself
+    assert "state.0.exp_avg" in [layer.name for layer in report_weights(tmp_path / "a.pt", ["E4M3"]).layers]
+
+
 def test_tied_tensors_are_reported_once(tmp_path):
     w = torch.randn(4, 8)
     torch.save({"embedding": w, "head": w, "part": w[:2]}, tmp_path / "a.pt")

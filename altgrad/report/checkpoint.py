@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# What libraries call the weights in a folder; before each an index of its shards.
+WEIGHTS = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+STATES = ("optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state")  # how files beside the weights begin
 _REOPEN = 1 << 30  # bytes, at 8 an element, of a mapped file that may stay in memory before it is opened again
 
 
@@ -39,11 +46,12 @@ class Checkpoint:
 
     Args:
         path: a ``.safetensors`` file, a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file of tensors (in dictionaries and
-            lists, their names joined by dots), the ``.index.json`` of a sharded checkpoint, or a folder with one of
-            them.
+            lists, their names joined by dots), the ``.index.json`` of a sharded checkpoint, or a folder: of that the
+            index, else ``model.safetensors`` or another usual name, else all files of one suffix but states of
+            training (``optimizer.pt``).
 
     Raises:
-        ValueError: no such file, a truncated or foreign one, one without tensors; one line.
+        ValueError: no such file, a truncated or foreign one, one without tensors, two tensors of one name; one line.
 
     Example:
         >>> import tempfile, torch
@@ -61,6 +69,7 @@ class Checkpoint:
         self.entries = [entry for file in _files(self.path) for entry in _entries(file)]
         if not self.entries:
             raise ValueError(f"{path}: no tensors in it")
+        _check_names(self.path, self.entries)
         self._open: tuple[Path, Any] | None = None
         self._mapped = 0
 
@@ -95,14 +104,17 @@ def _files(path: Path) -> list[Path]:
 
 
 def _files_of_folder(path: Path) -> list[Path]:
-    for name in INDICES:
+    for name in WEIGHTS:
+        if (path / f"{name}.index.json").exists():
+            return _files_of_index(path / f"{name}.index.json")
+    for name in WEIGHTS:
         if (path / name).exists():
-            return _files_of_index(path / name)
+            return [path / name]
     for suffix in (".safetensors", *PICKLES):
-        files = sorted(file for file in path.iterdir() if file.suffix == suffix)
+        files = sorted(file for file in path.iterdir() if file.suffix == suffix and not file.name.startswith(STATES))
         if files:
             return files
-    raise ValueError(f"{path}: no .safetensors and none of {', '.join(PICKLES)} in the folder")
+    raise ValueError(f"{path}: no weights in the folder: no .safetensors and none of {', '.join(PICKLES)}")
 
 
 def _files_of_index(path: Path) -> list[Path]:
@@ -117,6 +129,15 @@ def _files_of_index(path: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{path}: missing shards: {', '.join(missing)}")
     return files
+
+
+def _check_names(path: Path, entries: list[Entry]) -> None:
+    files: dict[str, Path] = {}
+    for entry in entries:
+        for name in (entry.name, *entry.also):
+            first = files.setdefault(name, entry.file)
+            if first != entry.file:
+                raise ValueError(f"{path}: {name} is in {first.name} and in {entry.file.name}: give one of them itself")
 
 
 def _load(file: Path) -> Any:
@@ -158,10 +179,10 @@ def _entries(file: Path) -> list[Entry]:
     found: dict[tuple[Any, ...], Entry] = {}
     for key, tensor in _walk(content, ()):
         name = ".".join(map(str, key))
-        dtype = str(tensor.dtype).removeprefix("torch.")
         if (kind := _kind(tensor)) is not None:
-            found[key] = Entry(name, (), f"{kind} {dtype}", file, key, [])
+            found[key] = Entry(name, (), kind, file, key, [])
             continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else key
         if place in found:
             found[place].also.append(name)
@@ -170,13 +191,16 @@ def _entries(file: Path) -> list[Entry]:
     return list(found.values())
 
 
-def _kind(tensor: Tensor) -> str | None:
-    """What a tensor is where its numbers are not in memory one by one: nested, sparse, or on the meta device."""
-    if tensor.is_nested:
-        return "nested"
-    if tensor.layout != torch.strided:
-        return str(tensor.layout).removeprefix("torch.")
-    return "meta" if tensor.is_meta else None
+def _kind(value: Any) -> str | None:
+    """What a value is, unless a tensor with its numbers in memory one by one."""
+    if not isinstance(value, Tensor):
+        return "state of an optimizer"
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.is_nested:
+        return f"nested {dtype}"
+    if value.layout != torch.strided:
+        return f"{str(value.layout).removeprefix('torch.')} {dtype}"
+    return f"meta {dtype}" if value.is_meta else None
 
 
 def _entry_of_slice(file: Path, content: Any, name: str) -> Entry:
@@ -189,8 +213,10 @@ def _entry_of_slice(file: Path, content: Any, name: str) -> Entry:
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def _walk(value: Any, key: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    if isinstance(value, Tensor):
+def _walk(value: Any, key: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The tensors within, and as a whole the states of optimizers beside them."""
+    is_state = isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+    if isinstance(value, Tensor) or (is_state and key):
         yield key, value
     elif isinstance(value, Mapping):
         for name, entry in value.items():

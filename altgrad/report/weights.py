@@ -44,7 +44,7 @@ def report_weights(
 
     For a tensor w seen as the matrix ``w.flatten(1)`` and the scale that :func:`altgrad.quantization.compute_scale`
     finds for the candidate, the scores are those of :func:`altgrad.quantization.quantization_stats`. Tensors are read
-    one at a time. Integer, empty, sparse, nested and meta tensors are listed as left out.
+    one at a time. Integer, empty, sparse, nested and meta tensors, and states of optimizers, are listed as left out.
 
     Args:
         path: see :class:`Checkpoint`.
