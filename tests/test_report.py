@@ -311,6 +311,7 @@ def bad_files(folder):
         "broken.index.json": b"{",
         "list.index.json": b"[]",
         "outside.index.json": json.dumps({"weight_map": {"w": "../good.safetensors"}}).encode(),
+        "promised.index.json": json.dumps({"weight_map": {"v": "good.safetensors"}}).encode(),
         "missing.index.json": json.dumps({"weight_map": {"w": "none.safetensors"}}).encode(),
     }
     for name, content in contents.items():
@@ -318,8 +319,13 @@ def bad_files(folder):
     torch.save({"w": Evil()}, folder / "evil.pt")
     torch.save({"step": 3}, folder / "number.pt")
     torch.save({"w": torch.arange(3)}, folder / "integers.pt")
+    within = {"w": torch.ones(2, 2)}
+    within["self"] = within
+    torch.save(within, folder / "within.pt")
+    torch.save({"a": {"w": torch.ones(2, 2)}, "a.w": torch.zeros(2, 2)}, folder / "alike.pt")
     (folder / "void").mkdir()
-    return [folder / name for name in (*contents, "evil.pt", "number.pt", "integers.pt", "void", "none.pt")]
+    others = "evil.pt", "number.pt", "integers.pt", "within.pt", "alike.pt", "void", "none.pt"
+    return [folder / name for name in (*contents, *others)]
 
 
 def test_bad_files_are_one_line(tmp_path, capfd):

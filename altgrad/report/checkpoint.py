@@ -51,7 +51,8 @@ class Checkpoint:
             training (``optimizer.pt``).
 
     Raises:
-        ValueError: no such file, a truncated or foreign one, one without tensors, two tensors of one name; one line.
+        ValueError: no such file, a truncated or foreign one, one without tensors or that holds itself, two tensors of
+            one name, one that an index names and its shard lacks; one line.
 
     Example:
         >>> import tempfile, torch
@@ -66,10 +67,11 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.entries = [entry for file in _files(self.path) for entry in _entries(file)]
+        files = _files(self.path)
+        self.entries = [entry for file in files for entry in _entries(file)]
         if not self.entries:
             raise ValueError(f"{path}: no tensors in it")
-        _check_names(self.path, self.entries)
+        _check_names(self.path, self.entries, files)
         self._open: tuple[Path, Any] | None = None
         self._mapped = 0
 
@@ -91,7 +93,8 @@ def _is_safetensors(file: Path) -> bool:
     return file.suffix == ".safetensors"
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> dict[Path, set[str]]:
+    """The files of a path, with the tensors that an index says are in them."""
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     if path.is_dir():
@@ -99,45 +102,55 @@ def _files(path: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         return _files_of_index(path)
     if _is_safetensors(path) or path.suffix in PICKLES:
-        return [path]
+        return {path: set()}
     raise ValueError(f"{path}: expected .safetensors, {', '.join(PICKLES)}, .index.json or a folder with one of them")
 
 
-def _files_of_folder(path: Path) -> list[Path]:
+def _files_of_folder(path: Path) -> dict[Path, set[str]]:
     for name in WEIGHTS:
         if (path / f"{name}.index.json").exists():
             return _files_of_index(path / f"{name}.index.json")
     for name in WEIGHTS:
         if (path / name).exists():
-            return [path / name]
+            return {path / name: set()}
     for suffix in (".safetensors", *PICKLES):
         files = sorted(file for file in path.iterdir() if file.suffix == suffix and not file.name.startswith(STATES))
         if files:
-            return files
+            return {file: set() for file in files}
     raise ValueError(f"{path}: no weights in the folder: no .safetensors and none of {', '.join(PICKLES)}")
 
 
-def _files_of_index(path: Path) -> list[Path]:
+def _files_of_index(path: Path) -> dict[Path, set[str]]:
+    tensors: dict[str, set[str]] = {}
     try:
-        names = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [path.parent / name for name in names if Path(name).name == name]
+        for tensor, name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+            tensors.setdefault(name, set()).add(tensor)
+        files = {path.parent / name: found for name, found in tensors.items() if Path(name).name == name}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of shards: {_line(error)}") from error
-    if len(files) < len(names):
-        raise ValueError(f"{path}: a shard must lie beside its index, got {', '.join(map(repr, names))}")
+    if len(files) < len(tensors):
+        raise ValueError(f"{path}: a shard must lie beside its index, got {', '.join(map(repr, tensors))}")
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise ValueError(f"{path}: missing shards: {', '.join(missing)}")
     return files
 
 
-def _check_names(path: Path, entries: list[Entry]) -> None:
-    files: dict[str, Path] = {}
+def _check_names(path: Path, entries: list[Entry], files: Mapping[Path, set[str]]) -> None:
+    """Each tensor has a name of its own, and is where an index says."""
+    found: dict[str, Path] = {}
     for entry in entries:
         for name in (entry.name, *entry.also):
-            first = files.setdefault(name, entry.file)
-            if first != entry.file:
-                raise ValueError(f"{path}: {name} is in {first.name} and in {entry.file.name}: give one of them itself")
+            if name not in found:
+                found[name] = entry.file
+            elif found[name] == entry.file:
+                raise ValueError(f"{path}: two tensors are called {name}: rename one of them")
+            else:
+                both = f"{found[name].name} and in {entry.file.name}"
+                raise ValueError(f"{path}: {name} is in {both}: give one of them itself")
+    for file, names in files.items():
+        if missing := sorted(name for name in names if found.get(name) != file):
+            raise ValueError(f"{path}: {file.name} lacks {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}")
 
 
 def _load(file: Path) -> Any:
@@ -177,7 +190,11 @@ def _entries(file: Path) -> list[Entry]:
     if _is_safetensors(file):
         return [_entry_of_slice(file, content, name) for name in content.keys()]  # noqa: SIM118  (no mapping)
     found: dict[tuple[Any, ...], Entry] = {}
-    for key, tensor in _walk(content, ()):
+    try:
+        tensors = list(_walk(content, ()))
+    except RecursionError as error:
+        raise ValueError(f"{file}: something in it holds itself, or is nested too deeply") from error
+    for key, tensor in tensors:
         name = ".".join(map(str, key))
         if (kind := _kind(tensor)) is not None:
             found[key] = Entry(name, (), kind, file, key, [])
