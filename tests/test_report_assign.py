@@ -16,8 +16,9 @@ from altgrad.simulation import restore, simulate
 pytest.importorskip("scipy")
 
 
-def made_up(layers, candidates, seed, measured):
-    r = random.Random(seed)
+def made_up(layers, candidates, seed, measured, orders=0):
+    """Sensitivities are of as many orders of magnitude as told."""
+    r, of_orders = random.Random(seed), random.Random(seed)
     return Report(
         "made up",
         candidates,
@@ -33,36 +34,55 @@ def made_up(layers, candidates, seed, measured):
                 0,
                 {},
                 {
-                    name: Score(r.uniform(5, 40), 0, 0, 0, 0, r.uniform(3, 9), r.random() if measured else None)
+                    name: Score(r.uniform(5, 40), 0, 0, 0, 0, r.uniform(3, 9), r.random() * scale if measured else None)
                     for name in candidates
                 },
             )
             for i, count in enumerate(r.choices([64, 128, 1000], k=layers))
+            for scale in [10 ** of_orders.uniform(-orders, 0)]
         ],
         [],
         loss=1.0 if measured else None,
     )
 
 
-@pytest.mark.parametrize("measured", [False, True])
+def judge(report, choice):
+    """The cost and the bits of a choice of candidates, by layer."""
+    scores = [layer.scores[name] for layer, name in zip(report.layers, choice)]
+    bits = sum(layer.count * score.bits for layer, score in zip(report.layers, scores))
+    return sum(map(cost, report.layers, scores)), bits / sum(layer.count for layer in report.layers)
+
+
+@pytest.mark.parametrize("measured, orders", [(False, 0), (True, 0), (True, 9)])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_choice_is_the_best_of_all(seed, measured):
+def test_the_choice_is_the_best_of_all(seed, measured, orders):
+    """Sensitivities of nine orders of magnitude too: those that are small beside the largest count as well."""
     names = ["E4M3", "E5M2", "MXFP4", "NVFP4"]
-    report = made_up(5, names, seed, measured)
-    total = sum(layer.count for layer in report.layers)
+    report = made_up(5, names, seed, measured, orders)
+    allowed = [judge(report, choice) for choice in itertools.product(names, repeat=5)]
+    for budget in (5.5, 6.5):
+        best = min(value for value, bits in allowed if bits <= budget)
+        got = assign(report, budget)
+        value, bits = judge(report, [got.choices[str(i)]["weight"] for i in range(5)])
+        assert bits <= budget and got.bits["weights"] == pytest.approx(bits, rel=1e-12)
+        assert value == pytest.approx(best, rel=2e-6, abs=0) and got.gap <= 2e-6
+        assert got.predicted == (pytest.approx(1 + value / 2) if measured else None)
 
-    def judge(choice):
-        scores = [layer.scores[name] for layer, name in zip(report.layers, choice)]
-        bits = sum(layer.count * score.bits for layer, score in zip(report.layers, scores)) / total
-        return sum(map(cost, report.layers, scores)), bits
 
-    allowed = [judge(choice) for choice in itertools.product(names, repeat=5)]
-    best = min(value for value, bits in allowed if bits <= 5.5)
-    got = assign(report, 5.5)
-    value, bits = judge([got.choices[str(i)]["weight"] for i in range(5)])
-    assert bits <= 5.5 and got.bits["weights"] == pytest.approx(bits, rel=1e-12)
-    assert value == pytest.approx(best, rel=2e-6)
-    assert got.predicted == (pytest.approx(1 + value / 2) if measured else None)
+def test_costs_that_are_small_beside_the_largest_count():
+    """Of three layers with these sensitivities to 4 bits, and 4^-bits for each more, the choice was 1.6 of the least."""
+    bits = {"E2M1": 4, "E3M2": 6, "E4M3": 8, "FP16": 16}
+    layers = [
+        Layer(str(i), "weight", (8, 8), "float32", 64, 0, 0, 0, {}, {
+            name: Score(20.0, 0, 0, 0, 0, n, sensitivity * 4.0 ** (4 - n)) for name, n in bits.items()
+        })
+        for i, sensitivity in enumerate([1e-6, 1e-9, 0.1])
+    ]  # fmt: skip
+    report = Report("made up", list(bits), layers, [], loss=1.0)
+    allowed = [judge(report, choice) for choice in itertools.product(bits, repeat=3)]
+    choice = assign(report, 12)
+    cost_of_choice, _ = judge(report, [choice.choices[name]["weight"] for name in "012"])
+    assert cost_of_choice == min(value for value, n in allowed if n <= 12) and choice.gap == 0.0
 
 
 def test_budget_out_of_reach():

@@ -27,7 +27,7 @@ class Assignment:
     choices: the candidate of each operand, by layer: one for all weights of it. bits: the average of an element, of
     weights and where asked of activations. predicted: the loss by the report's sensitivities, None without data. loss:
     the loss of the model with these recipes, where verified. gap: how far the choice may be from the best one, as a
-    share. left_out: layers that stay in high precision, and why: also those with a cost that is not finite.
+    share, to 2e-6. left_out: layers that stay in high precision, and why: also those with a cost that is not finite.
     """
 
     choices: dict[str, dict[str, str]]
@@ -195,19 +195,25 @@ def _solve(groups: list[list[Layer]], budget_bits: float, kind: str) -> tuple[li
             f"budget_bits {budget_bits} is out of reach: the smallest candidates take {least:.4g} bits for {kind}"
         )
     one_of_each = csr_array((np.ones(n * m), (np.repeat(np.arange(n), m), np.arange(n * m))))
-    result = milp(
-        (costs / (costs.max() or 1)).ravel(),
-        integrality=np.ones(n * m),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_of_each, 1, 1),
-            LinearConstraint(shares.reshape(1, -1), 0, max(least, budget_bits)),
-        ],
-        options={"mip_rel_gap": 1e-6, "time_limit": 60},
-    )
-    if result.x is None:
-        raise ValueError(f"no choice of {kind} within {budget_bits} bits was found: {result.message}")
-    return [names[i] for i in result.x.reshape(n, m).argmax(1)], float(result.mip_gap)
+    constraints = [
+        LinearConstraint(one_of_each, 1, 1),
+        LinearConstraint(shares.reshape(1, -1), 0, max(least, budget_bits)),
+    ]
+    found, unit = costs.max() or 1.0, np.inf
+    while 0 < found < unit / 2:  # the solver errs by a millionth of 1, which is to be near the least sum of costs
+        unit = found
+        result = milp(
+            (costs / unit).ravel(),
+            integrality=np.ones(n * m),
+            bounds=Bounds(0, (costs <= unit).ravel()),  # others alone cost more than a choice that is known
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-6, "time_limit": 60},
+        )
+        if result.x is None:
+            raise ValueError(f"no choice of {kind} within {budget_bits} bits was found: {result.message}")
+        chosen = result.x.reshape(n, m).argmax(1)
+        found = costs[np.arange(n), chosen].sum()
+    return [names[i] for i in chosen], float(result.mip_gap)
 
 
 def _recipe(choice: Mapping[str, str]) -> Recipe:
