@@ -179,6 +179,14 @@ def test_names_of_a_checkpoint_are_those_of_the_model(tmp_path, make, names):
         restore(model)
 
 
+def test_a_compiled_model_has_the_names_of_the_report():
+    inside = torch.compile(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU()), backend="eager")
+    model = torch.nn.Sequential(inside, torch.nn.Linear(16, 4))
+    report = measure(model, [torch.ones(4, 8)], lambda model, x: model(x).sum(), ["E4M3"])
+    for compiled in (model, torch.compile(model, backend="eager")):
+        assert set(assign(report, 9, model=compiled).choices) == {"0.0", "1"}
+
+
 def test_tensors_of_one_layer_share_their_choice(tmp_path):
     """Whatever they are called; with NaN in one of them nothing is chosen for the others either."""
     tensors = {"m": torch.randn(8, 32), "m.weight": torch.randn(8, 32), "n": torch.ones(8, 32)}

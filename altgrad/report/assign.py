@@ -67,7 +67,7 @@ def assign(
         budget_bits: the average bits of storage of a weight, shares of the scales included.
         activations: choose for the layers' inputs too, within the same budget for their elements.
         model: the layers of it that :func:`altgrad.simulation.simulate` can switch take part, no others (embeddings).
-        verify: run the model with the choice over the batches, and say what the loss became.
+        verify: run the model, not compiled, with the choice over the batches, and say what the loss became.
         batches, loss: as in :func:`measure`, to verify.
 
     Raises:
@@ -88,7 +88,7 @@ def assign(
     _check(report, budget_bits, model)
     if verify and (model is None or loss is None):
         raise ValueError("verify needs model, batches and loss")
-    names = None if model is None else {name for name, layer in model.named_modules() if kind_of(type(layer))}
+    names = None if model is None else _names(model)
     choices: dict[str, dict[str, str]] = {}
     bits, left_out, gap, added = {}, [], 0.0, 0.0
     for kind, operands in (("weights", WEIGHTS), ("activations", ACTIVATIONS))[: 1 + activations]:
@@ -121,6 +121,11 @@ def _check(report: Report, budget_bits: float, model: nn.Module | None) -> None:
         raise ValueError(f"budget_bits must be above 0, got {budget_bits!r}")
     if not (model is None or isinstance(model, nn.Module)):
         raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+
+
+def _names(model: nn.Module) -> set[str]:
+    """The layers that can be simulated, by the names that they have before the model is compiled."""
+    return {name.replace("_orig_mod.", "") for name, layer in model.named_modules() if kind_of(type(layer))}
 
 
 def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Iterable[Any], loss: Loss) -> float:
