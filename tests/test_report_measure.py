@@ -310,6 +310,16 @@ def test_verified(net, batches):
         assert type(net.first) is nn.Linear
 
 
+def test_verifying_leaves_nothing_behind(net, batches):
+    """With statistics and dropout; the masks are those of the report, so that wide formats give its loss."""
+    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    report = measure(net, batches, loss, ["FP16"])
+    choice = assign(report, 99, model=net, verify=True, batches=batches, loss=loss)
+    assert all(value.equal(before[name]) for name, value in net.state_dict().items())
+    assert torch.get_rng_state().equal(rng)
+    assert choice.loss == pytest.approx(report.loss, rel=1e-3)
+
+
 def test_sensitivities_are_the_mean_over_batches(net, batches):
     net.eval()
     both, first, second = (measure(net, data, loss, ["E2M1", "MXFP4"]) for data in (batches, batches[:1], batches[1:]))

@@ -12,6 +12,7 @@ from torch import nn
 from ops_registry.checks import check_number
 
 from ..simulation import Product, Recipe, restore, simulate
+from ..simulation.coverage import unchanged
 from ..simulation.layers import kind_of
 from .candidates import candidate
 from .results import Layer, LeftOut, Report, Score
@@ -67,7 +68,8 @@ def assign(
         budget_bits: the average bits of storage of a weight, shares of the scales included.
         activations: choose for the layers' inputs too, within the same budget for their elements.
         model: the layers of it that :func:`altgrad.simulation.simulate` can switch take part, no others (embeddings).
-        verify: run the model, not compiled, with the choice over the batches, and say what the loss became.
+        verify: run the model, not compiled, with the choice over the batches, and say what the loss became. Nothing is
+            left changed, and random numbers are those that :func:`measure` would draw.
         batches, loss: as in :func:`measure`, to verify.
 
     Raises:
@@ -129,10 +131,10 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Iterable[Any], loss: Loss) -> float:
-    """The mean loss over the batches with simulated products; the model is restored."""
+    """The mean loss over the batches with simulated products; the model and random generators are restored."""
     simulate(model, recipes)
     try:
-        with torch.no_grad():
+        with unchanged(model), torch.no_grad():
             losses = [float(loss(model, batch)) for batch in batches]
     finally:
         restore(model)
