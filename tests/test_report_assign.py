@@ -187,6 +187,23 @@ def test_a_compiled_model_has_the_names_of_the_report():
         assert set(assign(report, 9, model=compiled).choices) == {"0.0", "1"}
 
 
+def test_a_checkpoint_of_weights_that_are_in_by_out(tmp_path):
+    """Its scales run along the outputs, those of the products along the inputs."""
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), Conv1D(64, 32), Conv1D(8, 64))
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    report = report_weights(tmp_path / "m.pt", ["E4M3", "E2M1@row"])
+    with pytest.raises(ValueError, match=r"report must be of measure for this model, .*: 1.weight, 2.weight$"):
+        assign(report, 6, model=model)
+    assert set(assign(report, 6).choices) == {"0", "1", "2"}  # which are its layers is not known
+    one_scale = report_weights(tmp_path / "m.pt", ["E4M3", "E2M1"])
+    measured = measure(model, [torch.ones(4, 8)], lambda model, x: model(x).sum(), ["E4M3", "E2M1@row"])
+    for of in (one_scale, measured):
+        assert set(assign(of, 7, model=model).choices) == {"0", "1", "2"}
+
+
 def test_tensors_of_one_layer_share_their_choice(tmp_path):
     """Whatever they are called; with NaN in one of them nothing is chosen for the others either."""
     tensors = {"m": torch.randn(8, 32), "m.weight": torch.randn(8, 32), "n": torch.ones(8, 32)}

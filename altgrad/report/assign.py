@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from ops_registry.checks import check_number
 
 from ..simulation import Product, Recipe, restore, simulate
 from ..simulation.coverage import unchanged
-from ..simulation.layers import kind_of
+from ..simulation.layers import Kind, kind_of
 from .candidates import candidate
 from .results import Layer, LeftOut, Report, Score
 
@@ -75,7 +75,8 @@ def assign(
     Raises:
         TypeError: a report, budget or model of another type.
         ValueError: a budget of NaN, of 0 or less or out of reach, a report without layers that can be chosen for or
-            without activations, verify without a model or a loss.
+            without activations, verify without a model or a loss; a report of a checkpoint, with scales of rows or
+            blocks, for a model with weights [in, out] (transformers' Conv1D).
 
     Example:
         >>> import tempfile, torch
@@ -90,11 +91,12 @@ def assign(
     _check(report, budget_bits, model)
     if verify and (model is None or loss is None):
         raise ValueError("verify needs model, batches and loss")
-    names = None if model is None else _names(model)
+    kinds = None if model is None else _kinds(model)
+    _check_layouts(report, kinds or {})
     choices: dict[str, dict[str, str]] = {}
     bits, left_out, gap, added = {}, [], 0.0, 0.0
     for kind, operands in (("weights", WEIGHTS), ("activations", ACTIVATIONS))[: 1 + activations]:
-        groups, others = _choosable(report, operands, names)
+        groups, others = _choosable(report, operands, kinds)
         left_out += others
         if not groups:
             raise ValueError(f"the report of {report.source} has no {kind} to choose for")
@@ -125,9 +127,21 @@ def _check(report: Report, budget_bits: float, model: nn.Module | None) -> None:
         raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
 
 
-def _names(model: nn.Module) -> set[str]:
+def _kinds(model: nn.Module) -> dict[str, Kind]:
     """The layers that can be simulated, by the names that they have before the model is compiled."""
-    return {name.replace("_orig_mod.", "") for name, layer in model.named_modules() if kind_of(type(layer))}
+    kinds = ((name.replace("_orig_mod.", ""), kind_of(type(layer))) for name, layer in model.named_modules())
+    return {name: kind for name, kind in kinds if kind is not None}
+
+
+def _check_layouts(report: Report, kinds: Mapping[str, Kind]) -> None:
+    """A tensor of a checkpoint is seen as [out, in]; where it is [in, out] one scale of all of it is the same."""
+    turning = {name for name, kind in kinds.items() if kind.layout == "KN"}
+    turned = [layer.name for layer in report.layers if layer.operand == "weight" and layer.module in turning]
+    if turned and any(candidate(name).rule.per != "tensor" for name in report.candidates):
+        raise ValueError(
+            f"report must be of measure for this model, got one of the checkpoint {report.source}: products contract "
+            f"the first dimension of these weights, and scales were found along the last: {', '.join(turned)}"
+        )
 
 
 def simulated_loss(model: nn.Module, recipes: Mapping[str, Recipe], batches: Iterable[Any], loss: Loss) -> float:
@@ -153,7 +167,7 @@ def cost(layer: Layer, score: Score) -> float:
 
 
 def _choosable(
-    report: Report, operands: tuple[str, ...], names: set[str] | None
+    report: Report, operands: tuple[str, ...], names: Collection[str] | None
 ) -> tuple[dict[str, list[Layer]], list[LeftOut]]:
     """What is chosen for, by module: one recipe serves all that is of it, or nothing."""
     groups: dict[str, list[Layer]] = {}
@@ -173,7 +187,7 @@ def _choosable(
     return groups, left_out
 
 
-def _reason(layer: Layer, names: set[str] | None) -> str | None:
+def _reason(layer: Layer, names: Collection[str] | None) -> str | None:
     """Why nothing is chosen for a layer."""
     if layer.nan or layer.infinite:
         return f"{layer.nan} NaN and {layer.infinite} infinities in it"

@@ -45,6 +45,8 @@ def report_weights(
     For a tensor w seen as the matrix ``w.flatten(1)`` and the scale that :func:`altgrad.quantization.compute_scale`
     finds for the candidate, the scores are those of :func:`altgrad.quantization.quantization_stats`. Tensors are read
     one at a time. Integer, empty, sparse, nested and meta tensors, and states of optimizers, are listed as left out.
+    Which weights are [in, out] (those of transformers' Conv1D) a checkpoint does not say: their rows are not those of
+    the product.
 
     Args:
         path: see :class:`Checkpoint`.

@@ -26,12 +26,13 @@ WITHOUT_FORM = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvTr
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of layer: its forward pass with simulated products, and their weights and number."""
+    """A kind of layer: its forward pass with simulated products, and their weights, the layout of these, and number."""
 
     name: str
     forward: Callable[..., Any]
     weight: str = "weight"
     products: Callable[[nn.Module, bool], int] = lambda layer, attention: 1
+    layout: str = "NK"
 
 
 def _linear(weight: str, bias: str, layout: str) -> Callable[..., Tensor]:
@@ -57,7 +58,7 @@ def _conv(layer: Any, x: Tensor) -> Tensor:
 # A class, or its qualified name where importing it is too much, -> its kind.
 KINDS: dict[type | str, Kind] = {
     nn.Linear: Kind("linear", _linear("weight", "bias", "NK")),
-    "transformers.pytorch_utils.Conv1D": Kind("linear", _linear("weight", "bias", "KN")),
+    "transformers.pytorch_utils.Conv1D": Kind("linear", _linear("weight", "bias", "KN"), layout="KN"),
     **{c: Kind(c.__name__.lower(), _conv) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
     nn.MultiheadAttention: Kind("attention", attend, "in_proj_weight", products_of_attention),
 }
@@ -96,7 +97,7 @@ def register(cls: type[nn.Module] | str, *, weight: str = "weight", bias: str = 
         raise TypeError(f"cls must be a class of modules or the qualified name of one, got {cls!r}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    KINDS[cls] = Kind("linear", _linear(weight, bias, layout), weight)
+    KINDS[cls] = Kind("linear", _linear(weight, bias, layout), weight, layout=layout)
     simulated_class.cache_clear()
 
 
