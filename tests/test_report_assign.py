@@ -179,6 +179,28 @@ def test_names_of_a_checkpoint_are_those_of_the_model(tmp_path, make, names):
         restore(model)
 
 
+def test_layers_with_one_weight_share_their_choice(tmp_path):
+    """Which is stored once; an embedding that is tied to a layer stays in high precision."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32, bias=False) for name in ("a", "b", "c", "head")})
+    model["b"].weight = model["a"].weight
+    model["embedding"] = torch.nn.Embedding(32, 32)
+    model["head"].weight = model["embedding"].weight
+    tensors = dict(sorted(model.state_dict().items()))  # the embedding before the head
+    torch.save(tensors, tmp_path / "m.pt")
+    report = report_weights(tmp_path / "m.pt", ["E2M1@row", "E4M3@row"])
+    choice = assign(report, 7.0, model=model)
+    assert set(choice.choices) == {"a", "b", "c", "head"}
+    assert choice.choices["a"] == choice.choices["b"]
+    assert choice.left_out == [("embedding.weight", "of no layer that can be simulated")]
+    bits = {name: candidate(operands["weight"]).bits(32, 32) for name, operands in choice.choices.items()}
+    assert choice.bits["weights"] == pytest.approx((bits["a"] + bits["c"] + bits["head"]) / 3)
+    assert set(assign(report, 7.0).choices) == {"a", "b", "c", "head", "embedding"}  # which are its layers is not known
+    tensors["a.weight"][0, 0] = float("nan")
+    torch.save(tensors, tmp_path / "m.pt")
+    choice = assign(report_weights(tmp_path / "m.pt", ["E4M3"]), 9)
+    assert choice.left_out == [(f"{name}.weight", "1 NaN and 0 infinities in it") for name in ("a", "b")]
+
+
 def test_a_compiled_model_has_the_names_of_the_report():
     inside = torch.compile(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU()), backend="eager")
     model = torch.nn.Sequential(inside, torch.nn.Linear(16, 4))

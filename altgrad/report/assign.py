@@ -25,10 +25,11 @@ Loss = Callable[[nn.Module, Any], torch.Tensor]
 class Assignment:
     """What :func:`assign` chose.
 
-    choices: the candidate of each operand, by layer: one for all weights of it. bits: the average of an element, of
-    weights and where asked of activations. predicted: the loss by the report's sensitivities, None without data. loss:
-    the loss of the model with these recipes, where verified. gap: how far the choice may be from the best one, as a
-    share, to 2e-6. left_out: layers that stay in high precision, and why: also those with a cost that is not finite.
+    choices: the candidate of each operand, by layer: one for all weights of it, and for all layers of one tensor of a
+    checkpoint. bits: the average of an element, of weights and where asked of activations. predicted: the loss by the
+    report's sensitivities, None without data. loss: the loss of the model with these recipes, where verified. gap: how
+    far the choice may be from the best one, as a share, to 2e-6. left_out: layers that stay in high precision, and why:
+    also those with a cost that is not finite.
     """
 
     choices: dict[str, dict[str, str]]
@@ -100,13 +101,12 @@ def assign(
         left_out += others
         if not groups:
             raise ValueError(f"the report of {report.source} has no {kind} to choose for")
-        chosen, kind_gap = _solve(list(groups.values()), budget_bits, kind)
+        chosen, kind_gap = _solve([group.layers for group in groups], budget_bits, kind)
         gap = max(gap, kind_gap)
-        for (module, layers), name in zip(groups.items(), chosen):
-            choices.setdefault(module, {})[layers[0].operand] = name
-        scores = [
-            (layer.count, layer.scores[name]) for layers, name in zip(groups.values(), chosen) for layer in layers
-        ]
+        for group, name in zip(groups, chosen):
+            for module in group.modules:
+                choices.setdefault(module, {})[group.layers[0].operand] = name
+        scores = [(layer.count, layer.scores[name]) for group, name in zip(groups, chosen) for layer in group.layers]
         added += sum(score.sensitivity or 0.0 for _, score in scores)
         bits[kind] = sum(n * score.bits for n, score in scores) / sum(n for n, _ in scores)
     predicted = None if report.loss is None else report.loss + report.samples / 2 * added
@@ -136,7 +136,8 @@ def _kinds(model: nn.Module) -> dict[str, Kind]:
 def _check_layouts(report: Report, kinds: Mapping[str, Kind]) -> None:
     """A tensor of a checkpoint is seen as [out, in]; where it is [in, out] one scale of all of it is the same."""
     turning = {name for name, kind in kinds.items() if kind.layout == "KN"}
-    turned = [layer.name for layer in report.layers if layer.operand == "weight" and layer.module in turning]
+    weights = [layer for layer in report.layers if layer.operand == "weight"]
+    turned = [layer.name for layer in weights if not turning.isdisjoint(layer.modules.values())]
     if turned and any(candidate(name).rule.per != "tensor" for name in report.candidates):
         raise ValueError(
             f"report must be of measure for this model, got one of the checkpoint {report.source}: products contract "
@@ -166,33 +167,49 @@ def cost(layer: Layer, score: Score) -> float:
     return math.inf if score.sqnr < -3000 else 10 ** (-score.sqnr / 10)  # beyond float64
 
 
+@dataclass(eq=False)
+class _Group:
+    """Layers of a model that get one recipe, by name, and what the report has of them."""
+
+    modules: list[str]
+    layers: list[Layer]
+
+
 def _choosable(
     report: Report, operands: tuple[str, ...], names: Collection[str] | None
-) -> tuple[dict[str, list[Layer]], list[LeftOut]]:
-    """What is chosen for, by module: one recipe serves all that is of it, or nothing."""
-    groups: dict[str, list[Layer]] = {}
-    left_out = []
+) -> tuple[list[_Group], list[LeftOut]]:
+    """What is chosen for: one recipe serves all that is of a module and all modules that a tensor is of, or nothing."""
+    groups: dict[str, _Group] = {}
+    left_out, choosable = [], []
     for layer in report.layers:
-        if layer.operand in operands:
-            if layer.is_matrix:
-                groups.setdefault(layer.module, []).append(layer)
-            else:
-                left_out.append(LeftOut(layer.name, "a vector"))
-    for module, layers in list(groups.items()):
-        reasons = [_reason(layer, names) for layer in layers]
-        if any(reasons):
-            del groups[module]
-            beside = "one recipe would serve it and a tensor that is left out"
-            left_out += [LeftOut(layer.name, reason or beside) for layer, reason in zip(layers, reasons)]
-    return groups, left_out
+        if layer.operand not in operands:
+            continue
+        if not layer.is_matrix:
+            left_out += [LeftOut(name, "a vector") for name in layer.modules]
+            continue
+        modules = {name: module for name, module in layer.modules.items() if names is None or module in names}
+        without = "of no layer that can be simulated"
+        left_out += [LeftOut(name, without) for name in layer.modules if name not in modules]
+        group = _Group(list(modules.values()), [layer])
+        for other in dict.fromkeys(groups[module] for module in group.modules if module in groups):
+            group = _Group([*other.modules, *group.modules], [*other.layers, *group.layers])
+        groups |= dict.fromkeys(group.modules, group)
+    for group in dict.fromkeys(groups.values()):
+        reasons = [_reason(layer) for layer in group.layers]
+        if not any(reasons):
+            choosable.append(group)
+            continue
+        beside = "one recipe would serve it and a tensor that is left out"
+        for layer, reason in zip(group.layers, reasons):
+            ours = [name for name, module in layer.modules.items() if module in group.modules]
+            left_out += [LeftOut(name, reason or beside) for name in ours]
+    return choosable, left_out
 
 
-def _reason(layer: Layer, names: Collection[str] | None) -> str | None:
-    """Why nothing is chosen for a layer."""
+def _reason(layer: Layer) -> str | None:
+    """Why nothing is chosen for a matrix."""
     if layer.nan or layer.infinite:
         return f"{layer.nan} NaN and {layer.infinite} infinities in it"
-    if names is not None and layer.module not in names:
-        return "of no layer that can be simulated"
     costs = {name: cost(layer, score) for name, score in layer.scores.items()}
     return next((f"its cost under {name} is {c}" for name, c in costs.items() if not math.isfinite(c)), None)
 

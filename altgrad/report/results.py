@@ -57,8 +57,16 @@ class Layer:
     @property
     def module(self) -> str:
         """The name of the layer of the model: without that of the weight, which a tensor of a checkpoint has."""
-        module, _, parameter = self.name.rpartition(".")
-        return module if self.operand == "weight" and parameter in _WEIGHTS else self.name
+        return self.modules[self.name]
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """:attr:`module` for each name, those of the same memory too."""
+        modules = {}
+        for name in (self.name, *self.also):
+            module, _, parameter = name.rpartition(".")
+            modules[name] = module if self.operand == "weight" and parameter in _WEIGHTS else name
+        return modules
 
 
 class LeftOut(NamedTuple):
