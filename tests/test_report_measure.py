@@ -179,7 +179,26 @@ def test_bad_input(net, batches):
 def test_a_layer_behind_the_first_gradient_is_named(net, batches):
     net.conv.requires_grad_(False)
     report = measure(net, batches, loss, ["E4M3"])
-    assert report.left_out == [("conv", "no gradient reached it")]
+    assert report.left_out == assign(report, 9).left_out == [("conv", "no gradient reached it")]
+
+
+def test_an_assignment_names_all_layers_that_stay_in_high_precision():
+    """With the model: an expert that got no call, and layers without a simulated form."""
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("called", "frozen", "uncalled")})
+    model["up"], model["rnn"], model["norm"] = nn.ConvTranspose1d(1, 1, 2), nn.GRU(8, 8), nn.LayerNorm(8)
+    model["frozen"].requires_grad_(False)
+
+    def loss(model, x):
+        return model["norm"](model["called"](model["frozen"](x))).square().mean()
+
+    report = measure(model, [torch.ones(2, 8)], loss, ["E4M3"])
+    left_out = assign(report, 9, model=model).left_out
+    assert ("frozen", "no gradient reached it") in left_out
+    assert sorted(name for name, _ in left_out) == ["frozen", "rnn", "uncalled", "up"]
+    report.left_out.clear()
+    nothing, without = "the report has nothing of it", "no simulated form"
+    want = [("frozen", nothing), ("uncalled", nothing), ("up", without), ("rnn", without)]
+    assert assign(report, 9, model=model).left_out == want
 
 
 def test_layers_that_are_not_measured_are_named(net, batches):

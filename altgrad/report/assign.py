@@ -11,7 +11,7 @@ from torch import nn
 
 from ops_registry.checks import check_number
 
-from ..simulation import Product, Recipe, restore, simulate
+from ..simulation import Product, Recipe, Simulation, restore, simulate
 from ..simulation.coverage import unchanged
 from ..simulation.layers import Kind, kind_of
 from .candidates import candidate
@@ -28,8 +28,9 @@ class Assignment:
     choices: the candidate of each operand, by layer: one for all weights of it, and for all layers of one tensor of a
     checkpoint. bits: the average of an element, of weights and where asked of activations. predicted: the loss by the
     report's sensitivities, None without data. loss: the loss of the model with these recipes, where verified. gap: how
-    far the choice may be from the best one, as a share, to 2e-6. left_out: layers that stay in high precision, and why:
-    also those with a cost that is not finite.
+    far the choice may be from the best one, as a share, to 2e-6. left_out: what stays in high precision, and why: what
+    the report left out, layers with a cost that is not finite, and of a model that was given all other layers with
+    products.
     """
 
     choices: dict[str, dict[str, str]]
@@ -95,7 +96,8 @@ def assign(
     kinds = None if model is None else _kinds(model)
     _check_layouts(report, kinds or {})
     choices: dict[str, dict[str, str]] = {}
-    bits, left_out, gap, added = {}, [], 0.0, 0.0
+    bits, gap, added = {}, 0.0, 0.0
+    left_out = [*report.left_out, *([] if model is None else _unreported(model, report))]
     for kind, operands in (("weights", WEIGHTS), ("activations", ACTIVATIONS))[: 1 + activations]:
         groups, others = _choosable(report, operands, kinds)
         left_out += others
@@ -131,6 +133,15 @@ def _kinds(model: nn.Module) -> dict[str, Kind]:
     """The layers that can be simulated, by the names that they have before the model is compiled."""
     kinds = ((name.replace("_orig_mod.", ""), kind_of(type(layer))) for name, layer in model.named_modules())
     return {name: kind for name, kind in kinds if kind is not None}
+
+
+def _unreported(model: nn.Module, report: Report) -> list[LeftOut]:
+    """Layers with products of which the report has nothing."""
+    known = {module for layer in report.layers for module in layer.modules.values()}
+    known |= {entry.name for entry in report.left_out}
+    kinds, names = _kinds(model), [row.module.replace("_orig_mod.", "") for row in Simulation(model).rows]
+    reasons = {name: "the report has nothing of it" if name in kinds else "no simulated form" for name in names}
+    return [LeftOut(name, reason) for name, reason in reasons.items() if name not in known]
 
 
 def _check_layouts(report: Report, kinds: Mapping[str, Kind]) -> None:
