@@ -70,7 +70,7 @@ def test_the_choice_is_the_best_of_all(seed, measured, orders):
 
 
 def test_costs_that_are_small_beside_the_largest_count():
-    """Of three layers with these sensitivities to 4 bits, and 4^-bits for each more, the choice was 1.6 of the least."""
+    """Of three layers with these sensitivities to 4 bits, 4^-n of it to n more, the choice was 1.6 of the least."""
     bits = {"E2M1": 4, "E3M2": 6, "E4M3": 8, "FP16": 16}
     layers = [
         Layer(str(i), "weight", (8, 8), "float32", 64, 0, 0, 0, {}, {

@@ -1,4 +1,4 @@
-"""A recipe for each layer under a budget of bits: the choice with the least predicted loss, found exactly."""
+"""A recipe for each layer under a budget of bits: the choice with the least predicted loss, by an integer program."""
 
 import json
 import math
