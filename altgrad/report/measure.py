@@ -240,7 +240,7 @@ def _layers_of(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, Kind]], dic
             raise ValueError(f"{name or 'the model'} is simulated: restore the model first")
         kind = kind_of(type(layer))
         if lacks_form(layer):
-            left_out[name] = "it has no simulated form"
+            left_out[name] = "no simulated form"
         elif kind is not None and (reason := reason_against(layer)):
             left_out[name] = f"it {reason}"
         elif kind is not None:
