@@ -175,9 +175,12 @@ def _rule(tensors: int) -> Callable[..., Any]:
     return placements
 
 
-def whole(t: Tensor) -> Tensor:
-    """A DTensor as the plain tensor that all ranks agree on; any other tensor as it is."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+def whole(t: Any) -> Tensor:
+    """A DTensor as the plain tensor that all ranks agree on; any other tensor as it is.
+
+    Of one that is made within a graph Dynamo knows the attributes, not the methods: hasattr finds no ``full_tensor``.
+    """
+    return t.full_tensor() if hasattr(t, "placements") else t
 
 
 def with_whole_blocks(x: Any, block: list[int]) -> Any:

@@ -44,6 +44,7 @@ from altgrad.quantization import (
     quantization_stats,
     quantize,
     quantize_blocks,
+    sqnr,
 )
 from altgrad.quantization.scaling import METHODS
 from altgrad.simulation import simulate
@@ -344,6 +345,19 @@ def statistics_of_the_whole(size):
 
 
 @case
+def compiled_it_is_plain_too(size):
+    """Of a DTensor that is made within a graph Dynamo knows the attributes and not the methods."""
+    if size > 2:
+        return
+    x, (history, of_plain) = randn(8, 10), (AmaxHistory("E4M3", length=3).to(DEVICE) for _ in range(2))
+    part = distribute_tensor(x, meshes(size)[0], [Shard(0)])
+    compiled = torch.compile(lambda x: (sqnr(x, x + 1), history(x)), fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(part), (sqnr(x, x + 1), of_plain(x)), strict=True):
+        assert not isinstance(got, DTensor) and torch.allclose(got, want)
+    assert_same_bits(history.history, of_plain.history)
+
+
+@case
 def history_of_the_whole(size):
     for placement in PLACEMENTS:
         plain, split = AmaxHistory("E4M3", length=3).to(DEVICE), AmaxHistory("E4M3", length=3).to(DEVICE)
@@ -575,6 +589,23 @@ def simulated_tensor_parallel(size):
             if recipe == "mxfp4":
                 assert_same_bits(got, want)
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@case
+def simulated_tensor_parallel_compiled(size):
+    """Delayed scaling takes the amax of all parts."""
+    if size > 2:
+        return
+    x, histories = randn(64, 64).bfloat16().float(), []
+    for compiles in (False, True):
+        split, simulation = simulated_mlp("fp8_delayed")
+        parallelize_module(split, meshes(size)[0], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if compiles:
+            split.compile(backend="aot_eager")
+        simulated_steps(split, simulation, x)
+        histories.append([state.history for state in simulation.states.values()])
+    for got, want in zip(*histories, strict=True):
+        assert_same_bits(got, want)
 
 
 def run_cases(rank, size):
