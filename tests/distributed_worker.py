@@ -574,6 +574,18 @@ def simulated_data_parallel(size):
 
 
 @case
+def simulated_infinities_of_one_rank(size):
+    """As of one process with the whole batch: the amax of a step with one of them, or NaN, is not recorded."""
+    for bad, of in itertools.product((float("inf"), float("nan")), range(size)):
+        layer = nn.Linear(4, 4, device=DEVICE)
+        simulation = simulate(layer, "fp8_delayed")
+        for x in (float(size), bad if dist.get_rank() == of else 1e3):
+            layer(torch.full((2, 4), x, device=DEVICE))
+            simulation.step()
+        assert simulation.states[""].history[0, 0, :3].tolist() == [size, size, 0]
+
+
+@case
 def simulated_tensor_parallel(size):
     """A split by columns and one by rows: the operands of one process, so where sums are exact its bits."""
     x = randn(64, 64).bfloat16().float()

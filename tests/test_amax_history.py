@@ -118,8 +118,8 @@ def test_errors():
 
 def _rank(rank, address, results):
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    together, alone = AmaxHistory(E4M3, length=2), AmaxHistory(E4M3, length=2, reduce=False)
-    for amax in (448.0 * (1 + rank), math.nan if rank else 1.0):
+    together, alone = AmaxHistory(E4M3, length=5), AmaxHistory(E4M3, length=5, reduce=False)
+    for amax in (448.0 * (1 + rank), *((bad if rank == of else 1e3) for bad in (math.nan, math.inf) for of in (0, 1))):
         for history in (together, alone):
             history(torch.tensor([amax]))
     torch.save((together.history, alone.history), f"{results}/{rank}.pt")
@@ -130,9 +130,9 @@ def _rank(rank, address, results):
 def test_ranks_agree(tmp_path):
     torch.multiprocessing.spawn(_rank, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
     (first, first_alone), (second, second_alone) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    # The NaN of rank 1 counts as its last amax, which was already that of both.
-    assert first.tolist() == second.tolist() == [896.0, 896.0]
-    assert (first_alone.tolist(), second_alone.tolist()) == ([1.0, 448.0], [896.0, 896.0])
+    assert first.tolist() == second.tolist() == [896.0] * 5  # a NaN or an infinity of one rank is one of both
+    assert first_alone.tolist() == [1e3, 1e3, 1e3, 448.0, 448.0]
+    assert second_alone.tolist() == [1e3, 1e3, 1e3, 1e3, 896.0]
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])

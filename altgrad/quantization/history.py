@@ -33,8 +33,8 @@ class AmaxHistory(torch.nn.Module):
     pass and its backward pass, which nothing checks: micro-batches go forward and backward one by one. What is compiled
     inside a checkpoint does not know of the recomputation; compile around it.
 
-    Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax is not recorded:
-    the last one counts again.
+    Until something is recorded, and for a history of zeros, the scale is 1. An infinite or NaN amax, of any rank, is
+    not recorded: the last one counts again.
 
     Args:
         format: as in :func:`quantize`.
@@ -97,9 +97,10 @@ class AmaxHistory(torch.nn.Module):
         """Puts the amax of x first in the history and drops the oldest."""
         check_tensor("x", x)
         new = whole(PerTensor().apply(amax, x.detach())).reshape(1).to(self.history.dtype)
-        new = torch.where(new < math.inf, new, self.history[:1])  # also for NaN
         if self.reduce and dist.is_available() and dist.is_initialized():
+            new = torch.where(new < math.inf, new, math.inf)  # a reduction may lose NaN, by the order of ranks
             dist.all_reduce(new, dist.ReduceOp.MAX, group=self.process_group)
+        new = torch.where(new < math.inf, new, self.history[:1])  # also for NaN
         self.history.copy_(torch.cat([new, self.history[:-1]]))
 
     def forward(self, x: Tensor) -> Tensor:

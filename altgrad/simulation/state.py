@@ -176,6 +176,7 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
     amax, of_backward, history, before = (torch.cat([getattr(state, name) for state in states]) for name in names)
     amax = torch.maximum(amax, of_backward)
     if dist.is_available() and dist.is_initialized():
+        amax = torch.where(amax < torch.inf, amax, torch.inf)  # a reduction may lose NaN, by the order of ranks
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
     amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
     history = torch.cat([amax.unsqueeze(-1), history[..., :-1]], -1)
