@@ -586,6 +586,30 @@ def simulated_infinities_of_one_rank(size):
 
 
 @case
+def simulated_stages_of_a_pipeline(size):
+    """Layers that other ranks do not have are refused, and nothing is changed; in a group for each stage they serve."""
+    alone = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
+    for split in (2, 3):
+        model = nn.ModuleDict({str(i): nn.Linear(4, 4, device=DEVICE) for i in range(4)})
+        simulation = simulate(model, "fp8_delayed")
+        for name in (list("0123")[:split], list("0123")[split:])[dist.get_rank() != 0]:
+            model[name](torch.full((2, 4), 10.0 ** int(name), device=DEVICE))
+        for name in (list("0123")[split:], list("0123")[:split])[dist.get_rank() != 0]:
+            del model[name]
+        try:
+            simulation.step()
+        except RuntimeError as refusal:
+            assert all(word in str(refusal) for word in ("process_group", *map(repr, model)))
+        else:
+            raise AssertionError("mixed layers")
+        assert all(state.step == 0 for state in simulation.states.values())
+        for _ in range(2):
+            simulation.step(alone)
+        for name, state in simulation.states.items():
+            assert state.history[0, 0, :3].tolist() == [0, 10.0 ** int(name), 0]
+
+
+@case
 def simulated_tensor_parallel(size):
     """A split by columns and one by rows: the operands of one process, so where sums are exact its bits."""
     x = randn(64, 64).bfloat16().float()

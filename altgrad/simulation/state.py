@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -133,9 +134,19 @@ class SimulationState(nn.Module):
 def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup | None" = None) -> None:
     """One step of training is over: new seeds, and new scales from the amax of the steps so far.
 
-    Where ``torch.distributed`` is initialized, the largest amax of all ranks counts, and every rank must call this. An
-    infinite or NaN amax is not recorded; the one before it counts again. As in TransformerEngine a scale stays where no
-    amax of its history is above 0, that of a layer which was not called, for example.
+    Where ``torch.distributed`` is initialized, the largest amax of all ranks of the process group counts: each must
+    have the same layers with delayed scaling, and call this. An infinite or NaN amax is not recorded; the one before it
+    counts again. As in TransformerEngine a scale stays where no amax of its history is above 0, that of a layer which
+    was not called, for example.
+
+    Args:
+        states: of the layers, in the same order on each rank.
+        process_group: the ranks that agree; None is the default group. A rank without delayed scaling reduces nothing,
+            so others would wait for it.
+
+    Raises:
+        RuntimeError: on all ranks, if their layers with delayed scaling differ in names, products, histories or order.
+            Nothing is changed then.
 
     Example:
         >>> from altgrad.simulation import SimulationState, advance
@@ -146,15 +157,45 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
         (1, False)
     """
     states = list(states)
+    delayed = sorted((state for state in states if state.recipe.history), key=_kind)
+    groups = [list(group) for _, group in groupby(delayed, key=_kind)]
+    if groups and _is_distributed():
+        _check_ranks(groups, process_group)
     for state in states:
         state.step += 1
     drawn = [state for state in states if state.seeds is not None]
     if drawn:
         seeds = torch.cat([state.draw() for state in drawn])  # to be copied to their device at once
         _write("seeds", drawn, seeds)
-    delayed = sorted((state for state in states if state.recipe.history), key=_kind)
-    for _, group in groupby(delayed, key=_kind):
-        _record(list(group), process_group)
+    for group in groups:
+        _record(group, process_group)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+_agreed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # by process group: the layers that its ranks have
+
+
+def _check_ranks(groups: list[list[SimulationState]], process_group: "dist.ProcessGroup | None") -> None:
+    """Raises on every rank unless all have these layers, whose amax are reduced by their places; asks them once."""
+    if dist.get_rank(process_group) < 0:  # of another group
+        return
+    layers = [[(state.name, state.products, state.recipe.history) for state in group] for group in groups]
+    digest = int.from_bytes(hashlib.blake2b(repr(layers).encode(), digest_size=8).digest()) >> 1
+    agreed = _agreed.setdefault(process_group or dist.group.WORLD, set())
+    if digest in agreed:
+        return
+    ends = torch.tensor([digest, -digest], device=groups[0][0].scales.device)  # type: ignore[union-attr]
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=process_group)
+    if ends.tolist() != [digest, -digest]:
+        names = ", ".join(repr(state.name) for group in groups for state in group)
+        raise RuntimeError(
+            f"process_group must be ranks with the same layers of delayed scaling in the same order, in a pipeline "
+            f"those of a stage: this rank has {names}, another one has others"
+        )
+    agreed.add(digest)
 
 
 def _kind(state: SimulationState) -> tuple[int, str]:
@@ -175,7 +216,7 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
     names = "amax", "backward_amax", "history", "scales"
     amax, of_backward, history, before = (torch.cat([getattr(state, name) for state in states]) for name in names)
     amax = torch.maximum(amax, of_backward)
-    if dist.is_available() and dist.is_initialized():
+    if _is_distributed():
         amax = torch.where(amax < torch.inf, amax, torch.inf)  # a reduction may lose NaN, by the order of ranks
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
     amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
