@@ -65,6 +65,16 @@ def test_is_a_module():
     assert history.to("meta").history.device.type == "meta"
 
 
+def test_nothing_is_recorded_off_the_meta_device(monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: torch.full_like(*args, 7.0, **kwargs))
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), AmaxHistory(E4M3, length=3))
+    history = model.to_empty(device="cpu")[1]
+    assert_same_bits(model[0].bias.detach(), torch.full((2,), 7.0))
+    assert_same_bits(history.history, torch.zeros(3))
+    assert_same_bits(history(torch.ones(2)), torch.tensor(1.0))
+
+
 def test_buffer_is_updated_in_place():
     history = AmaxHistory(E4M3, length=3)
     address = history.history.data_ptr()

@@ -118,9 +118,14 @@ class AmaxHistory(torch.nn.Module):
         return scale
 
     def _apply(self, *args: Any, **kwargs: Any) -> "AmaxHistory":
-        """Moves the history, and leaves it in float32: a narrower dtype has not the range of what it records."""
+        """Moves the history, and leaves it in float32: a narrower dtype has not the range of what it records.
+
+        Off the meta device, where ``to_empty`` gives it any values, nothing is recorded.
+        """
         before = self.history
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if before.is_meta and not self.history.is_meta:
+            self.history.zero_()
         if self.history.dtype != before.dtype:
             self.history = before.to(self.history.device)
         return self
