@@ -15,6 +15,7 @@ from conftest import assert_same_bits
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call
 
 from altgrad.simulation import (
@@ -250,6 +251,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe):
         simulation.load_state_dict({name: state | {"step": "x"} for name, state in simulation.state_dict().items()})
     with pytest.raises(ValueError, match="does not fit"):
         simulate(net(), "mxfp8", skip=["head"]).load_state_dict(saved[2])
+
+
+def test_a_wrapper_changes_no_name_of_a_state():
+    """What wraps a model or a part of it after simulate, as activation checkpointing."""
+    simulation, model = simulate(net(), "fp8_delayed"), net()
+    resumed = simulate(model, "fp8_delayed")
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    for handle in (resumed, Simulation(nn.DataParallel(model))):
+        assert list(handle.states) == list(simulation.states)
+        handle.load_state_dict(simulation.state_dict())
+        simulate(net(), json.loads(handle.to_json()))
+    layer = nn.Linear(2, 2)
+    simulate(layer, "mxfp8")
+    assert list(Simulation(torch.compile(layer)).states) == [""]
+
+
+def test_parts_that_are_simulated_by_themselves_have_the_names_of_modules():
+    """One may be named as a wrapper names what it wraps."""
+    model = nn.ModuleDict({"module": nn.Sequential(nn.Linear(2, 2)), "0": nn.Linear(2, 2), "1": nn.Linear(2, 2)})
+    for part in model.values():
+        simulate(part, "mxfp8")
+    assert list(Simulation(model).states) == ["module.0", "0", "1"]
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8_delayed"])

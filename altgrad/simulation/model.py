@@ -32,6 +32,10 @@ from .state import SimulationState, advance
 Choice = Recipe | str | Mapping[str, Any] | None
 
 
+# The names by which torch's wrappers have what they wrap: checkpoint_wrapper, torch.compile, FSDP, DDP.
+_WRAPPERS = "_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "module"
+
+
 class Row(NamedTuple):
     """A layer in the table: recipe is the name of one, or why it stays in high precision."""
 
@@ -52,8 +56,14 @@ class Simulation:
 
     @property
     def states(self) -> dict[str, SimulationState]:
-        """The states of the simulated layers by the layers' names."""
-        return {name: layer.simulation for name, layer in self.model.named_modules() if isinstance(layer, Simulated)}
+        """The states of the simulated layers by the names of layers, without those of wrappers that came later."""
+        now = {name: layer.simulation for name, layer in self.model.named_modules() if isinstance(layer, Simulated)}
+        states: dict[str, SimulationState] = {}
+        for name, state in now.items():
+            is_wrapped = _unwrapped(name) == _unwrapped(state.name)
+            is_free = state.name not in now and state.name not in states
+            states[state.name if is_wrapped and is_free else name] = state
+        return states
 
     @property
     def rows(self) -> list[Row]:
@@ -336,6 +346,10 @@ def _choose(layers: Mapping[str, tuple[nn.Module, Kind]], recipe: Choice, skip: 
     for name in _unseen({name: layer for name, (layer, _) in layers.items() if name not in chosen}):
         chosen.pop(name, None)
     return chosen
+
+
+def _unwrapped(name: str) -> list[str]:
+    return [part for part in name.split(".") if part and part not in _WRAPPERS]
 
 
 def _unseen(modules: Mapping[str, nn.Module]) -> Iterator[str]:
