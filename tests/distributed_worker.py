@@ -47,7 +47,7 @@ from altgrad.quantization import (
     sqnr,
 )
 from altgrad.quantization.scaling import METHODS
-from altgrad.simulation import simulate
+from altgrad.simulation import coverage, simulate
 from ops_registry.modes import POWER_OF_TWO_RULES
 from ops_registry.operators import OPERATORS
 
@@ -583,6 +583,18 @@ def simulated_infinities_of_one_rank(size):
             layer(torch.full((2, 4), x, device=DEVICE))
             simulation.step()
         assert simulation.states[""].history[0, 0, :3].tolist() == [size, size, 0]
+
+
+@case
+def simulated_layers_of_fsdp_are_covered(size):
+    """Backward too, where the graph has other tensors than the model's parameters; and nothing is left behind."""
+    x, found = randn(32, 64), []
+    for wrap in (lambda module: module, functools.partial(fully_shard, mesh=meshes(size)[0])):
+        model, simulation = simulated_mlp({"0": "mxfp8"})
+        found.append(coverage(wrap(nn.Sequential(*map(wrap, model))), x))
+        assert all(p.grad is None for p in model.parameters())
+        simulated_steps(model, simulation, x)
+    assert found[0] == found[1] and {row.direction for row in found[0].uncovered} == {"forward", "backward"}
 
 
 @case

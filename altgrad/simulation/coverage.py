@@ -77,10 +77,10 @@ def coverage(model: nn.Module, example: Any, *, backward: bool = True) -> Covera
     arguments = arguments if isinstance(arguments, tuple) else (arguments,)
     counter = _Counter(names)
     with unchanged(model), counter.attached(), torch.set_grad_enabled(backward), counter:
-        outputs = [t for t in tree_leaves(model(*arguments, **keywords)) if _requires_grad(t)]
-        leaves = [t for t in (*model.parameters(), *tree_leaves((arguments, keywords))) if _requires_grad(t)]
-        if backward and outputs and leaves:
-            torch.autograd.grad([t.sum() for t in outputs], leaves, allow_unused=True)
+        outputs = tree_leaves(model(*arguments, **keywords))
+        sums = [t.sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+        if backward and sums:
+            torch.autograd.grad(sums, _leaves(sums))
     rows = [Uncovered(*key, times) for key, times in counter.uncovered.items()]
     return Coverage(rows, counter.simulated, counter.simulated + counter.uncovered.total())
 
@@ -142,8 +142,18 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _requires_grad(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.requires_grad
+def _leaves(outputs: list[Tensor]) -> list[Tensor]:
+    """What a backward pass would accumulate gradients of: under FSDP other tensors than the model's parameters."""
+    nodes = [t.grad_fn for t in outputs]
+    seen, leaves = set(nodes), []
+    while nodes:
+        node: Any = nodes.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            leaves.append(node.variable)
+        following = {of for of, _ in node.next_functions if of is not None} - seen
+        seen |= following
+        nodes += following
+    return leaves
 
 
 @contextmanager
