@@ -331,6 +331,11 @@ def test_empty(recipe, shape, k, n):
     assert not got["dx"].any() or n
 
 
+def test_a_matrix_of_results_is_no_view():
+    """As of nn.Linear: where a pipeline's schedule splits the backward pass, it detaches a stage's output in place."""
+    linear(torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)).detach_()
+
+
 def test_what_is_kept_for_the_backward_pass(monkeypatch):
     """Per tensor: the rounded operands, once, in bytes for wide products; else x and w themselves, no copy."""
     x, w = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)

@@ -56,7 +56,7 @@ def linear(
         raise ValueError(f"x [..., K] and weight [N, K] must share K, got {tuple(x.shape)} and {tuple(weight.shape)}")
     _check_bias(bias, weight, "features out")
     y = _product(x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0), weight, bias, recipe, state)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def matmul(a: Tensor, b: Tensor, recipe: Recipe | str = "mxfp8", *, state: ProductState | None = None) -> Tensor:
