@@ -47,7 +47,7 @@ from altgrad.quantization import (
     sqnr,
 )
 from altgrad.quantization.scaling import METHODS
-from altgrad.simulation import coverage, simulate
+from altgrad.simulation import Recipe, Rule, coverage, simulate
 from ops_registry.modes import POWER_OF_TWO_RULES
 from ops_registry.operators import OPERATORS
 
@@ -538,10 +538,10 @@ def fsdp2_of_tensor_parallel(size):
     assert_same_bits(dequantize(full(codes).float(), 1.0), ag.encode(full(weight), torch.tensor(0.5), "E2M3").float())
 
 
-def simulated_mlp(recipe):
+def simulated_mlp(recipe, width=128):
     """Without biases, on numbers of few bits: with mxfp4 all sums are exact, in any order."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64, bias=False)).to(DEVICE)
+    model = nn.Sequential(nn.Linear(64, width, bias=False), nn.ReLU(), nn.Linear(width, 64, bias=False)).to(DEVICE)
     return model, simulate(model, recipe)
 
 
@@ -625,9 +625,15 @@ def simulated_stages_of_a_pipeline(size):
 def simulated_tensor_parallel(size):
     """A split by columns and one by rows: the operands of one process, so where sums are exact its bits."""
     x = randn(64, 64).bfloat16().float()
-    for recipe in ("mxfp4", "fp8_current", "fp8_delayed", "fp8_block", "nvfp4"):
-        single, simulation = simulated_mlp(recipe)
-        split, of_split = simulated_mlp(recipe)
+    of_parts = [  # that split the blocks
+        Rule("E2M1", per=40, method="mse", rounding="stochastic"),
+        Rule("E2M1", per=32, method="four_over_six", scale_format="E4M3"),
+        Rule("E4M3", per=32, method="percentile", fraction=0.9),
+    ]
+    mine = [Recipe("mine", (rule, rule), (rule, rule), (rule, rule)) for rule in of_parts]
+    for recipe in ("mxfp4", "fp8_current", "fp8_delayed", "fp8_block", "nvfp4", *mine):
+        width = 96 if recipe in mine else 128
+        (single, simulation), (split, of_split) = (simulated_mlp(recipe, width) for _ in range(2))
         parallelize_module(split, meshes(size)[0], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         results = []
         for model, steps in ((single, simulation), (split, of_split)):

@@ -20,7 +20,7 @@ from ops_registry.functionalize import stays_opaque
 from ops_registry.hadamard import SIZE, transformed
 from ops_registry.philox import random_bits
 from ops_registry.scales import block_level
-from ops_registry.sharding import whole
+from ops_registry.sharding import random_bits_like, whole, with_whole_blocks
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerBlock, PerTensor
@@ -121,10 +121,10 @@ def quantize_operand(
     if in_blocks:
         return quantize_in_blocks(x, rule, f, bits, dtype, transform > 0)
     x = transformed(x) if transform else x
-    block = block_of(rule, x)
+    x = with_whole_blocks(x, block := block_of(rule, x))
     view, dims = blocked(x, block)
     if bits is not None and view.numel() != x.numel():
-        bits, _ = blocked(random_bits(bits, x.shape), block)
+        bits, _ = blocked(bits_of_elements(bits, x), block)
     source = in_memory if rule.per == "tensor" and not transform else x if rule.method == "percentile" else view
     scales = find_scales(view, source, tuple(dims), rule, f, state)
     if is_apart:
@@ -137,6 +137,10 @@ def quantize_operand(
         if scales.inner is not None:
             values = values * scales.inner.to(dtype)
     return Operand(unblocked(values, x, block), scales.outer)
+
+
+def bits_of_elements(seed: Tensor, x: Tensor) -> Tensor:
+    return random_bits_like(x, seed) if hasattr(x, "placements") else random_bits(seed, x.shape)
 
 
 def apart(values: Tensor, scales: Scales, view: Tensor, x: Tensor, rule: Rule) -> Operand:
