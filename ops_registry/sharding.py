@@ -206,6 +206,11 @@ def largest_over_parts(of_part: Callable[[Tensor], Tensor], t: Any) -> Tensor:
     return DTensor.from_local(of_part(t.to_local()), t.device_mesh, placements, run_check=False).full_tensor()
 
 
+def shared_seed(x: Any, seed: Tensor) -> Tensor:
+    """Seeds that this rank drew for x; for a DTensor those of all ranks of its mesh, each the largest that one drew."""
+    return largest_over_parts(lambda part: seed, x)
+
+
 def random_bits_like(x: Any, seed: Tensor) -> Any:
     """The int32 random bits of a seed for a DTensor x, placed as x is: of each element by its index in the whole."""
     from torch.distributed.tensor import DTensor, Replicate

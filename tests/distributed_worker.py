@@ -47,7 +47,7 @@ from altgrad.quantization import (
     sqnr,
 )
 from altgrad.quantization.scaling import METHODS
-from altgrad.simulation import Recipe, Rule, coverage, simulate
+from altgrad.simulation import Recipe, Rule, coverage, linear, simulate
 from ops_registry.modes import POWER_OF_TWO_RULES
 from ops_registry.operators import OPERATORS
 
@@ -190,6 +190,23 @@ def a_seed_counts_the_elements_of_the_whole(size):
     got = quantize(distribute_tensor(x, meshes(size)[0], [Shard(0)]), "E2M1", rounding="stochastic")
     torch.manual_seed(0)
     assert_same_bits(got.full_tensor(), quantize(x, "E2M1", rounding="stochastic"))
+
+
+@case
+def a_seed_that_is_drawn_is_that_of_all_ranks(size):
+    """Though their generators differ, as those of data-parallel ranks do."""
+    torch.manual_seed(dist.get_rank())
+    for mesh in meshes(size):
+        x = distribute_tensor(randn(16, 16), mesh, [Replicate()] * mesh.ndim)
+        drawn = [
+            quantize(x, "E2M1", rounding="stochastic"),
+            quantize_blocks(x, **NVFP4, rounding="stochastic"),
+            linear(x, x, None, "unit_scaled_fp8"),
+        ]
+        for y in (t.to_local() for t in drawn):
+            of_ranks = [torch.empty_like(y) for _ in range(size)]
+            dist.all_gather(of_ranks, y)
+            assert_same_bits(torch.stack(of_ranks), y.expand(size, *y.shape))
 
 
 GRANULARITIES = [

@@ -13,7 +13,7 @@ from ops_registry.checks import check_modes, check_quantize, check_tensor
 from ops_registry.formats import format_name
 from ops_registry.modes import SEED
 from ops_registry.operators import blocks_of
-from ops_registry.sharding import random_bits_like
+from ops_registry.sharding import random_bits_like, shared_seed
 
 from .formats import FP8Format
 from .granularity import Granularity, PerBlock, check_granularity
@@ -444,6 +444,7 @@ def drawn_bits(
             random_bits = torch.randint(_SEEDS, (), dtype=SEED, device=x.device)
         else:
             random_bits = torch.randint(_SEEDS, (), dtype=SEED, device=x.device, generator=generator)
+        random_bits = shared_seed(x, random_bits)
     check_tensor("random_bits", random_bits)
     if random_bits.dtype == SEED and random_bits.ndim == 0 and hasattr(x, "placements"):
         return random_bits_like(x, random_bits)

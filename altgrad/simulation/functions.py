@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, pad
 
 from ops_registry.checks import check_tensor
+from ops_registry.sharding import shared_seed
 
 from .products import ProductState, is_autocast, product
 from .published import as_recipe
@@ -223,8 +224,9 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, recipe: Recipe | str, st
             raise ValueError(
                 f"delayed scaling needs a state: simulate a module, or give a SimulationState({recipe.name!r})"
             )
-        seeds = torch.randint(1 << 62, (len(recipe.rules),), device=a.device) if recipe.is_stochastic else None
-        state = ProductState(seeds)
+        state = ProductState()
+        if recipe.is_stochastic:
+            state = ProductState(shared_seed(a, torch.randint(1 << 62, (len(recipe.rules),), device=a.device)))
     return product(a, b, bias, recipe, state)
 
 
