@@ -4,6 +4,7 @@ A case is a function of the world size. Each rank writes ``{case: traceback or N
 ranks of a CPU are forked from a process that has imported all they need.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -21,6 +22,7 @@ from samples import POINTWISE, SAMPLES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -47,7 +49,7 @@ from altgrad.quantization import (
     sqnr,
 )
 from altgrad.quantization.scaling import METHODS
-from altgrad.simulation import Recipe, Rule, coverage, linear, simulate
+from altgrad.simulation import Recipe, Rule, Simulation, coverage, linear, simulate
 from ops_registry.modes import POWER_OF_TWO_RULES
 from ops_registry.operators import OPERATORS
 
@@ -636,6 +638,29 @@ def simulated_stages_of_a_pipeline(size):
             simulation.step(alone)
         for name, state in simulation.states.items():
             assert state.history[0, 0, :3].tolist() == [0, 10.0 ** int(name), 0]
+
+
+@case
+def simulated_pipeline(size):
+    """With sizes that are given, a stage runs on data alone: delayed scaling sees what it sees in one process."""
+    x, target = randn(4 * size, 16), randn(4 * size, 16, seed=1)
+    loss = lambda y, t: (y - t).square().sum()  # noqa: E731
+    rank, alone = dist.get_rank(), [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(size))).to(DEVICE)
+    simulation = simulate(model, "fp8_delayed")
+    stage_of_it = copy.deepcopy(model)[rank]
+    for part, of_part in zip(x.chunk(size), target.chunk(size)):
+        loss(model(part), of_part).backward()
+    sizes = [torch.empty(4, 16, device="meta", requires_grad=requires_grad) for requires_grad in (rank > 0, True)]
+    stage = PipelineStage(stage_of_it, rank, size, torch.device(DEVICE), input_args=sizes[0], output_args=sizes[1])
+    schedule = ScheduleGPipe(stage, size, loss_fn=loss, scale_grads=False)
+    schedule.step(*[x] * (rank == 0), target=target if rank == size - 1 else None)
+    of_stage = Simulation(stage_of_it)
+    of_stage.step(alone)
+    simulation.step(alone)
+    assert_same_bits(of_stage.states[""].history, simulation.states[str(rank)].history)
+    assert_same_bits(stage_of_it.weight.grad, model[rank].weight.grad)
 
 
 @case
