@@ -274,6 +274,19 @@ def test_export_keeps_nodes(recipe):
     assert torch.equal(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_in_training_says_that_it_has_no_backward_pass(strict):
+    layers, x = nn.Sequential(nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 32, bias=False)), torch.randn(4, 32)
+    simulate(layers, "mxfp8", skip=["2"])
+    with pytest.warns(UserWarning, match="no backward pass"):
+        program = torch.export.export(layers, (x,), strict=strict)
+    program.module()(x).sum().backward()
+    assert layers[0].weight.grad is None and layers[2].weight.grad is not None
+    with torch.no_grad():
+        torch.export.export(layers, (x,), strict=strict)
+    torch.export.export(layers.eval(), (x,), strict=strict)
+
+
 def test_export_keeps_a_dynamic_range():
     """Whether an operand of 16 bits is kept in bytes depends on a size, but not on a dynamic one."""
 

@@ -5,6 +5,7 @@ stay as they are. Its state is an attribute named ``simulation``, no submodule: 
 it.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -143,12 +144,26 @@ def simulated_class(base: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.simulation.enabled:
             return base.forward(self, *args, **kwargs)
+        if self.training:
+            _warn_of_export()
         if not torch.compiler.is_compiling() and self.simulation.is_on_meta:
             self.simulation.leave_meta(device_of(self))  # functional_call has weights of its own
         args = *(kwargs.pop(name) for name in first if name in kwargs), *args
         return kind.forward(self, *args, **kwargs)
 
     return type(f"Simulated{base.__name__}", (Simulated, base), {"forward": forward, "__doc__": base.__doc__})
+
+
+def _warn_of_export() -> None:
+    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+        warnings.warn(
+            "an exported program has no backward pass of simulated products: their gradients are of high precision or "
+            "missing. Train the model itself; for inference export it after eval() or under torch.no_grad()",
+            stacklevel=3,
+        )
+
+
+_warn_of_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called, as its warning is not traced
 
 
 def original_class(cls: Any) -> Any:
