@@ -183,6 +183,17 @@ def whole(t: Any) -> Tensor:
     return t.full_tensor() if hasattr(t, "placements") else t
 
 
+def whole_largest(t: Any) -> Tensor:
+    """The largest magnitude of a tensor as a plain one, where NaN of a DTensor is infinity: a reduction may lose it."""
+    if not hasattr(t, "placements"):
+        return t
+    from torch.distributed.tensor import DTensor
+
+    part = t.to_local()
+    part = torch.where(part < math.inf, part, math.inf)
+    return DTensor.from_local(part, t.device_mesh, t.placements, run_check=False).full_tensor()
+
+
 def with_whole_blocks(x: Any, block: list[int]) -> Any:
     """A DTensor gathered along the dimensions where its parts would split a block; any other tensor as it is."""
     if not hasattr(x, "placements"):

@@ -389,6 +389,16 @@ def history_of_the_whole(size):
 
 
 @case
+def a_history_leaves_out_infinities_of_any_part(size):
+    for bad, row in itertools.product((float("inf"), float("nan")), range(size)):
+        history, x = AmaxHistory("E4M3", length=3).to(DEVICE), torch.ones(size, 4, device=DEVICE)
+        history(distribute_tensor(x, meshes(size)[0], [Shard(0)]))
+        x[row] = bad
+        history(distribute_tensor(2 * x, meshes(size)[0], [Shard(0)]))
+        assert history.history.tolist() == [1, 1, 0], (bad, row)
+
+
+@case
 def replicated_x_takes_the_split_of_its_scale(size):
     mesh, x, scale = meshes(size)[0], randn(8, 8), randn(8, 1).abs() + 0.5
     replicated, split = distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(scale, mesh, [Shard(0)])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops_registry.checks import check_number, check_tensor
 from ops_registry.scales import as_scale
-from ops_registry.sharding import whole
+from ops_registry.sharding import whole_largest
 
 from .formats import FP8Format, resolve
 from .granularity import PerTensor, is_integer
@@ -96,7 +96,7 @@ class AmaxHistory(torch.nn.Module):
     def record(self, x: Tensor) -> None:
         """Puts the amax of x first in the history and drops the oldest."""
         check_tensor("x", x)
-        new = whole(PerTensor().apply(amax, x.detach())).reshape(1).to(self.history.dtype)
+        new = whole_largest(PerTensor().apply(amax, x.detach())).reshape(1).to(self.history.dtype)
         if self.reduce and dist.is_available() and dist.is_initialized():
             new = torch.where(new < math.inf, new, math.inf)  # a reduction may lose NaN, by the order of ranks
             dist.all_reduce(new, dist.ReduceOp.MAX, group=self.process_group)

@@ -20,7 +20,7 @@ from ops_registry.functionalize import stays_opaque
 from ops_registry.hadamard import SIZE, transformed
 from ops_registry.philox import random_bits
 from ops_registry.scales import block_level
-from ops_registry.sharding import random_bits_like, whole, with_whole_blocks
+from ops_registry.sharding import random_bits_like, whole_largest, with_whole_blocks
 
 from ..quantization.formats import FP8Format, resolve
 from ..quantization.granularity import PerBlock, PerTensor
@@ -252,7 +252,7 @@ def find_scales(view: Tensor, x: Tensor, dims: tuple[int, ...], rule: Rule, f: F
         return Scales(fixed, None, None if rule.scale == 1 else fixed)
     if rule.history:
         if state.amax is not None:
-            state.amax.copy_(torch.maximum(state.amax, whole(rounded_amax(x, dims)).reshape(())))
+            state.amax.copy_(torch.maximum(state.amax, whole_largest(rounded_amax(x, dims)).reshape(())))
         assert state.scale is not None
         return Scales(state.scale, None, state.scale)
     is_percentile = rule.method == "percentile"
