@@ -120,6 +120,12 @@ def test_compiled_modules_are_seen(net, batches, compiled):
     assert len(got.layers) == 24
 
 
+def test_a_compiled_layer_alone_has_no_name():
+    layer, x = nn.Linear(4, 4), [torch.ones(2, 4)]
+    report = measure(torch.compile(layer, backend="eager"), x, lambda model, x: model(x).square().mean(), ["E4M3"])
+    assert {layer.name for layer in report.layers} == {""} and set(assign(report, 99, model=layer).choices) == {""}
+
+
 def test_bfloat16_autocast_attention_and_registered_layers(batches):
     class Dense(nn.Module):
         def __init__(self):

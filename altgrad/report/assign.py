@@ -11,10 +11,11 @@ from torch import nn
 
 from ops_registry.checks import check_number
 
-from ..simulation import Product, Recipe, Simulation, restore, simulate
+from ..simulation import Product, Recipe, restore, simulate
 from ..simulation.coverage import unchanged
-from ..simulation.layers import Kind, kind_of
+from ..simulation.layers import Kind, kind_of, lacks_form
 from .candidates import candidate
+from .measure import named_modules
 from .results import Layer, LeftOut, Report, Score
 
 WEIGHTS, ACTIVATIONS = ("weight", "forward.w"), ("forward.x",)
@@ -131,7 +132,7 @@ def _check(report: Report, budget_bits: float, model: nn.Module | None) -> None:
 
 def _kinds(model: nn.Module) -> dict[str, Kind]:
     """The layers that can be simulated, by the names that they have before the model is compiled."""
-    kinds = ((name.replace("_orig_mod.", ""), kind_of(type(layer))) for name, layer in model.named_modules())
+    kinds = ((name, kind_of(type(layer))) for name, layer in named_modules(model))
     return {name: kind for name, kind in kinds if kind is not None}
 
 
@@ -139,9 +140,9 @@ def _unreported(model: nn.Module, report: Report) -> list[LeftOut]:
     """Layers with products of which the report has nothing."""
     known = {module for layer in report.layers for module in layer.modules.values()}
     known |= {entry.name for entry in report.left_out}
-    kinds, names = _kinds(model), [row.module.replace("_orig_mod.", "") for row in Simulation(model).rows]
-    reasons = {name: "the report has nothing of it" if name in kinds else "no simulated form" for name in names}
-    return [LeftOut(name, reason) for name, reason in reasons.items() if name not in known]
+    kinds, nothing, without = _kinds(model), "the report has nothing of it", "no simulated form"
+    found = [name for name, layer in named_modules(model) if name in kinds or lacks_form(layer)]
+    return [LeftOut(name, nothing if name in kinds else without) for name in found if name not in known]
 
 
 def _check_layouts(report: Report, kinds: Mapping[str, Kind]) -> None:

@@ -106,7 +106,7 @@ def measure(
         left_out[name] = "no gradient reached it" if name in recording.names else "it was not called"
     if not samples and not sizes:
         warn("loss does not call the model itself: give samples, without which predictions take 1", stacklevel=2)
-    reasons = [LeftOut(name, left_out[name]) for name, _ in _named_modules(model) if name in left_out]
+    reasons = [LeftOut(name, left_out[name]) for name, _ in named_modules(model) if name in left_out]
     mean_size = samples or (sum(sizes) / len(sizes) if sizes else 1)
     return Report(type(model).__name__, [c.name for c in chosen], found, reasons, total / count, mean_size)
 
@@ -226,16 +226,16 @@ class _Recording:
         return Layer(name, operand, counted.shape, counted.dtype, *numbers, scores)
 
 
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by the names that they have where no part is compiled."""
     for name, module in model.named_modules():
-        yield name.replace("_orig_mod.", ""), module
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
 
 def _layers_of(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, Kind]], dict[str, str]]:
     """The layers that can be simulated, and why others cannot."""
     layers, left_out = {}, {}
-    for name, layer in _named_modules(model):
+    for name, layer in named_modules(model):
         if isinstance(layer, Simulated):
             raise ValueError(f"{name or 'the model'} is simulated: restore the model first")
         kind = kind_of(type(layer))
