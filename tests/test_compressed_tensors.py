@@ -23,23 +23,23 @@ from altgrad.quantization import (
 
 if importlib.util.find_spec("compressed_tensors") is None:
     pytest.skip("compressed-tensors is not installed", allow_module_level=True)
-name_operators_of_torchvision()  # it imports transformers
-compressors = importlib.import_module("compressed_tensors.compressors")
-nvfp4 = importlib.import_module("compressed_tensors.compressors.nvfp4.helpers")
-mxfp6 = importlib.import_module("compressed_tensors.compressors.mxfp6.helpers")
-integers = importlib.import_module("compressed_tensors.compressors.pack_quantized.helpers")
-preset = importlib.import_module("compressed_tensors.quantization").preset_name_to_scheme
-
-FP4 = nvfp4.pack_fp4_to_uint8, nvfp4.unpack_fp4_from_uint8
-FP6 = mxfp6.pack_fp6_to_uint8, mxfp6.unpack_fp6_from_uint8
 
 
-@pytest.mark.parametrize(("name", "bits", "theirs"), [("E2M1", 4, FP4), ("E2M3", 6, FP6)], ids=["E2M1", "E2M3"])
+def module(name):
+    """Where a test needs it: it imports transformers, which takes four seconds of each process that collects tests."""
+    name_operators_of_torchvision()
+    return importlib.import_module(f"compressed_tensors.{name}")
+
+
+@pytest.mark.parametrize(("name", "bits", "theirs"), [("E2M1", 4, "nvfp4"), ("E2M3", 6, "mxfp6")])
 def test_bytes_of_codes(name, bits, theirs):
     """Every code beside every other."""
     codes = torch.cartesian_prod(*[torch.arange(1 << bits, dtype=torch.uint8)] * 2)
     codes = torch.cat([codes, codes.flip(-1)], -1)
-    values, (packs, unpacks) = decode(codes, name), theirs
+    values, helpers = decode(codes, name), module(f"compressors.{theirs}.helpers")
+    packs, unpacks = (
+        getattr(helpers, f"{word}_fp{bits}_{way}_uint8") for word, way in (("pack", "to"), ("unpack", "from"))
+    )
     assert_same_bits(pack(codes, bits), packs(values))
     assert_same_bits(unpacks(pack(codes, bits), *codes.shape, torch.float32), values)
     assert_same_bits(unpack(packs(values), bits, codes.shape[1]), codes)
@@ -51,6 +51,7 @@ def test_integers_in_words(bits, n):
     """Its words are our stream of codes from -2^(bits - 1) on, filled up to four bytes."""
     numbers = torch.randint(-(1 << bits - 1), 1 << bits - 1, (7, n)).to(torch.int8)
     codes = (numbers.int() + (1 << bits - 1)).to(torch.uint8)
+    integers = module("compressors.pack_quantized.helpers")
     theirs, ours = integers.pack_to_int32(numbers, bits), pack(codes, bits)
     filled = torch.nn.functional.pad(ours, (0, -ours.shape[1] % 4)).view(torch.int32)
     assert_same_bits(filled, theirs)
@@ -63,7 +64,7 @@ def test_symmetric_int4():
     x = torch.randn(16, 64)
     scale = x.abs().amax(1, keepdim=True) / 7
     numbers = decode(encode(x, "e0m3b-2f", scale), "e0m3b-2f")
-    words = integers.pack_to_int32(numbers.to(torch.int8), 4)
+    words = module("compressors.pack_quantized.helpers").pack_to_int32(numbers.to(torch.int8), 4)
     assert_same_bits(unpack(words.view(torch.uint8), 4, 64).float() - 8, numbers + 0.0)  # theirs has no -0
 
 
@@ -77,8 +78,8 @@ def test_blocks(name, options):
     """
     x = torch.randn(16, 128)
     x[3, 5] = 6 * 448 * 2.0**-9
-    ours, scheme = encode_blocks(x, **options), preset(f"{name}A16", ["Linear"])
-    compressor = compressors.BaseCompressor.get_value_from_registry(f"{name.lower()}-pack-quantized")
+    ours, scheme = encode_blocks(x, **options), module("quantization").preset_name_to_scheme(f"{name}A16", ["Linear"])
+    compressor = module("compressors").BaseCompressor.get_value_from_registry(f"{name.lower()}-pack-quantized")
     above = {} if ours.tensor_scale is None else {"weight_global_scale": 1 / ours.tensor_scale}
     scales, block_scales = ours.scales, ours.float_scales()
     if name == "NVFP4":
