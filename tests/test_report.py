@@ -206,6 +206,9 @@ def test_shards_and_folders(tmp_path):
     by_folder = report_weights(tmp_path, ["MXFP4"])
     assert by_index.layers == by_folder.layers
     assert_as_by_hand(by_index, tensors)
+    copied = {name: tensors[name] for name in names[3:]}  # one of them is in both shards: the index says which counts
+    safetensors.save_file(copied, tmp_path / "model-2.safetensors")
+    assert report_weights(tmp_path, ["MXFP4"]).layers == by_folder.layers
 
 
 def trained():

@@ -9,7 +9,7 @@ from torch import nn
 
 from altgrad.quantization import PerAxis, compute_scale, quantization_stats, quantize, quantize_blocks
 from altgrad.report import assign, candidate, measure
-from altgrad.simulation import register, simulate
+from altgrad.simulation import linear, register, simulate
 
 CANDIDATES = ["E4M3", "E2M1@row", "MXFP4", "NVFP4", "e3m2b3f@2x8/rceil"]
 
@@ -118,6 +118,18 @@ def test_compiled_modules_are_seen(net, batches, compiled):
     assert loss(model.eval(), batches[0]).equal(before)
     assert [(layer.name, layer.operand) for layer in got.layers] == [(x.name, x.operand) for x in want.layers]
     assert len(got.layers) == 24
+
+
+def test_compiled_layers_are_left_out_once_and_lazy_ones_say_why(batches):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2)), *(nn.GRU(8, 8) for _ in range(1)))
+    for i in (1, 2):
+        model[i] = torch.compile(model[i], backend="eager")
+    report = measure(model, [torch.ones(2, 8)], lambda model, x: model[0](x).square().mean(), ["E4M3"], samples=2)
+    assert report.left_out == [("1", "it was not called"), ("2", "no simulated form")]
+    report.left_out.clear()
+    assert [name for name, _ in assign(report, 99, model=model).left_out] == ["1", "2"]
+    with pytest.raises(ValueError, match="no layer that can be simulated: the model, it is not initialized"):
+        measure(nn.LazyLinear(4), batches, loss, ["E4M3"])
 
 
 def test_a_compiled_layer_alone_has_no_name():
@@ -284,6 +296,21 @@ def test_the_input_of_a_frozen_layer_that_is_written_to():
     assert got.layers == want.layers
 
 
+def test_products_that_the_model_calls_with_a_recipe_are_not_measured():
+    """Their weights, of one recipe, are not one weight of a layer of its name."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.a, self.b = nn.Linear(8, 8), *(nn.Parameter(torch.ones(n, 8)) for n in (8, 6))
+
+        def forward(self, x):
+            return linear(linear(self.layer(x), self.a, None, "mxfp8"), self.b, None, "mxfp8")
+
+    report = measure(Own(), [torch.ones(4, 8)], lambda model, x: model(x).square().mean(), ["E4M3"])
+    assert {layer.name for layer in report.layers} == {"layer"} and not report.left_out
+
+
 def test_bits_of_blocks_are_those_of_each_group():
     """A scale of E4M3@128x128 is that of one group of a convolution, here of 9 weights."""
     torch.manual_seed(0)
@@ -299,7 +326,7 @@ def test_samples():
     assert measure(model, batches, lambda model, x: model(x).square().mean(), ["E4M3"]).samples == 6
     model = nn.Sequential(model, nn.Flatten(0))
     assert measure(model, batches, lambda model, x: model(x).square().mean(), ["E4M3"]).samples == 6
-    with pytest.warns(UserWarning, match="loss does not call the model itself: give samples"):
+    with pytest.warns(UserWarning, match="no output of the model says how many samples a batch has: give samples"):
         assert measure(model, batches, lambda model, x: model[0](x).square().mean(), ["E4M3"]).samples == 1
 
 

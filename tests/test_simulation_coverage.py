@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from altgrad.quantization import quantize
 from altgrad.simulation import RECIPES, Recipe, Rule, attention, coverage, linear, matmul, simulate
 
 aten = torch.ops.aten
@@ -105,6 +106,25 @@ def test_nothing_is_left_behind():
     assert all(torch.equal(a, b) for a, b in zip(before, buffers))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_backward_pass_ends_at_the_example_and_goes_round_what_gets_no_gradient():
+    """A graph in front of the example is not the model's, and lives on; a scale is a leaf of the graph without one."""
+
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return super().forward(quantize(x, "E4M3", self.scale))
+
+    model, front = Scaled(), nn.Linear(8, 8)
+    x = torch.nn.functional.gelu(front(torch.randn(4, 8)))
+    found = coverage(model, x)
+    assert found == coverage(model, x.detach().requires_grad_()) and found.total == 3
+    x.sum().backward()
+    assert front.weight.grad is not None and model.scale.grad is None
 
 
 def test_checkpointed_and_compiled_parts():

@@ -263,6 +263,9 @@ def test_a_wrapper_changes_no_name_of_a_state():
         assert list(handle.states) == list(simulation.states)
         handle.load_state_dict(simulation.state_dict())
         simulate(net(), json.loads(handle.to_json()))
+    inner = net()
+    simulate(nn.DataParallel(inner), "fp8_delayed")
+    assert list(Simulation(inner).states) == list(simulation.states)
     layer = nn.Linear(2, 2)
     simulate(layer, "mxfp8")
     assert list(Simulation(torch.compile(layer)).states) == [""]

@@ -251,11 +251,11 @@ def _solve(groups: list[list[Layer]], budget_bits: float, kind: str) -> tuple[li
     ]
     found, unit = costs.max() or 1.0, np.inf
     while 0 < found < unit / 2:  # the solver errs by a millionth of 1, which is to be near the least sum of costs
-        unit = found
+        unit, allowed = found, costs <= found  # others alone cost more than a choice that is known
         result = milp(
-            (costs / unit).ravel(),
+            (np.where(allowed, costs, 0.0) / unit).ravel(),
             integrality=np.ones(n * m),
-            bounds=Bounds(0, (costs <= unit).ravel()),  # others alone cost more than a choice that is known
+            bounds=Bounds(0, allowed.ravel()),
             constraints=constraints,
             options={"mip_rel_gap": 1e-6, "time_limit": 60},
         )

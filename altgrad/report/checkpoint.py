@@ -21,7 +21,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-STATES = ("optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state")  # how files beside the weights begin
+# How the names of files beside the weights begin.
+STATES = ("optim.", "optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state")
 _REOPEN = 1 << 30  # bytes, at 8 an element, of a mapped file that may stay in memory before it is opened again
 
 
@@ -68,7 +69,9 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         files = _files(self.path)
-        self.entries = [entry for file in files for entry in _entries(file)]
+        owners = {name: file for file, names in files.items() for name in names}
+        entries = (entry for file in files for entry in _entries(file))
+        self.entries = [entry for entry in entries if owners.get(entry.name, entry.file) == entry.file]
         if not self.entries:
             raise ValueError(f"{path}: no tensors in it")
         _check_names(self.path, self.entries, files)

@@ -52,7 +52,7 @@ def measure(
         loss: (model, batch) -> 0-d tensor, the mean loss of a batch.
         candidates: names or spellings, see :func:`candidate`.
         samples: how many terms a batch's loss is the mean of. 0: as many as the model's output has in all dimensions
-            but the last, or in its only one; where loss calls the model's parts alone, 1, with a warning.
+            but the last, or in its only one; without such an output (loss calls parts of the model) 1, with a warning.
 
     Raises:
         TypeError: model is no module, candidates no list of strings, samples no integer.
@@ -105,7 +105,7 @@ def measure(
     for name in layers.keys() - {layer.name for layer in found}:
         left_out[name] = "no gradient reached it" if name in recording.names else "it was not called"
     if not samples and not sizes:
-        warn("loss does not call the model itself: give samples, without which predictions take 1", stacklevel=2)
+        warn("no output of the model says how many samples a batch has: give samples, or it counts as 1", stacklevel=2)
     reasons = [LeftOut(name, left_out[name]) for name, _ in named_modules(model) if name in left_out]
     mean_size = samples or (sum(sizes) / len(sizes) if sizes else 1)
     return Report(type(model).__name__, [c.name for c in chosen], found, reasons, total / count, mean_size)
@@ -163,6 +163,8 @@ class _Recording:
 
     def hear(self, x: Tensor, w: Tensor, recipe: Recipe, number: int, y: Tensor) -> None:
         """x [..., tokens, in], w [..., out, in]; the recipe's name is that of the layer."""
+        if recipe != Recipe(recipe.name):  # a product that the model's code calls with a recipe of its own
+            return
         self.names.add(recipe.name)
         if y.requires_grad:
             # Autograd does not keep the input of a frozen weight, so the model may write to it before the hook runs.
@@ -227,26 +229,28 @@ class _Recording:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by the names that they have where no part is compiled."""
+    """All modules by the names that they have where no part is compiled, without what compilation wraps around them."""
     for name, module in model.named_modules():
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+        if type(module).__name__ != "OptimizedModule":
+            yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
 
 def _layers_of(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, Kind]], dict[str, str]]:
     """The layers that can be simulated, and why others cannot."""
-    layers, left_out = {}, {}
+    layers: dict[str, tuple[nn.Module, Kind]] = {}
+    left_out: dict[str, str] = {}
     for name, layer in named_modules(model):
         if isinstance(layer, Simulated):
             raise ValueError(f"{name or 'the model'} is simulated: restore the model first")
-        kind = kind_of(type(layer))
-        if lacks_form(layer):
-            left_out[name] = "no simulated form"
-        elif kind is not None and (reason := reason_against(layer)):
+        if (kind := kind_of(type(layer))) is None:
+            left_out |= {name: "no simulated form"} if lacks_form(layer) else {}
+        elif reason := reason_against(layer):
             left_out[name] = f"it {reason}"
-        elif kind is not None:
+        else:
             layers[name] = layer, kind
     if not layers:
-        raise ValueError("the model has no layer that can be simulated")
+        reasons = [f": {name or 'the model'}, {reason}" for name, reason in left_out.items()]
+        raise ValueError("the model has no layer that can be simulated" + "".join(reasons[:1]))
     return layers, left_out
 
 

@@ -77,10 +77,10 @@ def coverage(model: nn.Module, example: Any, *, backward: bool = True) -> Covera
     arguments = arguments if isinstance(arguments, tuple) else (arguments,)
     counter = _Counter(names)
     with unchanged(model), counter.attached(), torch.set_grad_enabled(backward), counter:
-        outputs = tree_leaves(model(*arguments, **keywords))
-        sums = [t.sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+        outputs, inputs = _requiring_grad(model(*arguments, **keywords)), _requiring_grad((arguments, keywords))
+        sums = [t.sum() for t in outputs]
         if backward and sums:
-            torch.autograd.grad(sums, _leaves(sums))
+            torch.autograd.grad(sums, _leaves(sums, inputs), allow_unused=True)
     rows = [Uncovered(*key, times) for key, times in counter.uncovered.items()]
     return Coverage(rows, counter.simulated, counter.simulated + counter.uncovered.total())
 
@@ -142,13 +142,18 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _leaves(outputs: list[Tensor]) -> list[Tensor]:
-    """What a backward pass would accumulate gradients of: under FSDP other tensors than the model's parameters."""
+def _requiring_grad(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _leaves(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """What a backward pass to the inputs would give gradients of: under FSDP other tensors than the parameters."""
     nodes = [t.grad_fn for t in outputs]
-    seen, leaves = set(nodes), []
+    leaves = [t for t in inputs if t.grad_fn is not None]
+    seen = {*nodes, *(t.grad_fn for t in leaves)}
     while nodes:
         node: Any = nodes.pop()
-        if type(node).__name__ == "AccumulateGrad":
+        if type(node).__name__ == "AccumulateGrad" and node.variable.requires_grad:
             leaves.append(node.variable)
         following = {of for of, _ in node.next_functions if of is not None} - seen
         seen |= following

@@ -60,7 +60,7 @@ class Simulation:
         now = {name: layer.simulation for name, layer in self.model.named_modules() if isinstance(layer, Simulated)}
         states: dict[str, SimulationState] = {}
         for name, state in now.items():
-            is_wrapped = _unwrapped(name) == _unwrapped(state.name)
+            is_wrapped = len(name) > len(state.name) and _unwrapped(name) == _unwrapped(state.name)
             is_free = state.name not in now and state.name not in states
             states[state.name if is_wrapped and is_free else name] = state
         return states

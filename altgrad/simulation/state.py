@@ -145,8 +145,8 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
             so others would wait for it.
 
     Raises:
-        RuntimeError: on all ranks, if their layers with delayed scaling differ in names, products, histories or order.
-            Nothing is changed then.
+        RuntimeError: on all ranks, if their layers with delayed scaling differ in names, products, histories or order
+            when they are first seen. Nothing is changed then.
 
     Example:
         >>> from altgrad.simulation import SimulationState, advance
