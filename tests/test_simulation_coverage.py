@@ -127,6 +127,16 @@ def test_the_backward_pass_ends_at_the_example_and_goes_round_what_gets_no_gradi
     assert front.weight.grad is not None and model.scale.grad is None
 
 
+def test_a_model_that_freezes_its_layer_has_no_backward_pass():
+    class Frozen(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            self.requires_grad_(False)
+            return y
+
+    assert coverage(Frozen(4, 4), torch.randn(2, 4)).total == 1
+
+
 def test_checkpointed_and_compiled_parts():
     class Checkpointed(nn.Sequential):
         def forward(self, x):

@@ -79,8 +79,8 @@ def coverage(model: nn.Module, example: Any, *, backward: bool = True) -> Covera
     with unchanged(model), counter.attached(), torch.set_grad_enabled(backward), counter:
         outputs, inputs = _requiring_grad(model(*arguments, **keywords)), _requiring_grad((arguments, keywords))
         sums = [t.sum() for t in outputs]
-        if backward and sums:
-            torch.autograd.grad(sums, _leaves(sums, inputs), allow_unused=True)
+        if backward and sums and (leaves := _leaves(sums, inputs)):
+            torch.autograd.grad(sums, leaves, allow_unused=True)
     rows = [Uncovered(*key, times) for key, times in counter.uncovered.items()]
     return Coverage(rows, counter.simulated, counter.simulated + counter.uncovered.total())
 
