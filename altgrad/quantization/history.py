@@ -18,6 +18,18 @@ from .magnitudes import amax
 POLICIES = ("max", "most_recent")
 
 
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def largest_of_ranks(amax: Tensor, process_group: "dist.ProcessGroup | None") -> Tensor:
+    """The elementwise largest of all ranks, with infinity for NaN, which a reduction may lose by the order of ranks."""
+    if is_distributed():
+        amax = torch.where(amax < math.inf, amax, math.inf)
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
+    return amax
+
+
 class AmaxHistory(torch.nn.Module):
     """The scale of a stream of tensors from the amax of the last ones: TransformerEngine's delayed scaling.
 
@@ -97,9 +109,7 @@ class AmaxHistory(torch.nn.Module):
         """Puts the amax of x first in the history and drops the oldest."""
         check_tensor("x", x)
         new = whole_largest(PerTensor().apply(amax, x.detach())).reshape(1).to(self.history.dtype)
-        if self.reduce and dist.is_available() and dist.is_initialized():
-            new = torch.where(new < math.inf, new, math.inf)  # a reduction may lose NaN, by the order of ranks
-            dist.all_reduce(new, dist.ReduceOp.MAX, group=self.process_group)
+        new = largest_of_ranks(new, self.process_group) if self.reduce else new
         new = torch.where(new < math.inf, new, self.history[:1])  # also for NaN
         self.history.copy_(torch.cat([new, self.history[:-1]]))
 

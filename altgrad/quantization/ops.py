@@ -412,7 +412,7 @@ def _by_blocks(
     random_bits: Tensor | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The same with one element of scale a block."""
+    """:func:`_project` with one element of scale a block."""
     check_tensor("x", x)
     compact = _compact("x", x, scale, granularity)
     if rounding == "stochastic" or random_bits is not None or generator is not None:  # bits are those of x's elements

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ops_registry.arithmetic import divide
 
 from ..quantization.formats import resolve
+from ..quantization.history import is_distributed, largest_of_ranks
 from .products import ProductState
 from .published import as_recipe
 from .recipes import Recipe
@@ -159,7 +160,7 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
     states = list(states)
     delayed = sorted((state for state in states if state.recipe.history), key=_kind)
     groups = [list(group) for _, group in groupby(delayed, key=_kind)]
-    if groups and _is_distributed():
+    if groups and is_distributed():
         _check_ranks(groups, process_group)
     for state in states:
         state.step += 1
@@ -169,10 +170,6 @@ def advance(states: Iterable[SimulationState], process_group: "dist.ProcessGroup
         _write("seeds", drawn, seeds)
     for group in groups:
         _record(group, process_group)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 _agreed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # by process group: the layers that its ranks have
@@ -215,10 +212,7 @@ def _record(states: list[SimulationState], process_group: "dist.ProcessGroup | N
     """Puts the amax of this step first in the histories, drops the oldest and finds the scales."""
     names = "amax", "backward_amax", "history", "scales"
     amax, of_backward, history, before = (torch.cat([getattr(state, name) for state in states]) for name in names)
-    amax = torch.maximum(amax, of_backward)
-    if _is_distributed():
-        amax = torch.where(amax < torch.inf, amax, torch.inf)  # a reduction may lose NaN, by the order of ranks
-        dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group)
+    amax = largest_of_ranks(torch.maximum(amax, of_backward), process_group)
     amax = torch.where(amax < torch.inf, amax, history[..., 0])  # also for NaN
     history = torch.cat([amax.unsqueeze(-1), history[..., :-1]], -1)
     rules = [[_reach(rule) for rule in state.recipe.rules] for state in states for _ in range(state.products)]
